@@ -1,0 +1,121 @@
+"""A policy worn like a torch scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bolza.core import Policy
+from bolza.core.errors import ArgumentError
+
+__all__ = ["MEASUREMENTS", "PolicyScheduler"]
+
+
+def _square_norm(tensors: list[Tensor]) -> float:
+    """Σ‖·‖², accumulated in float64."""
+    return sum(float(n) ** 2 for n in torch._foreach_norm(tensors)) if tensors else 0.0
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.detach() for group in optimizer.param_groups for p in group["params"]]
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+MEASUREMENTS: dict[str, Callable[[torch.optim.Optimizer], float]] = {
+    "parameter_square_norm": lambda optimizer: _square_norm(_parameters(optimizer)),
+    "gradient_square_norm": lambda optimizer: _square_norm(_gradients(optimizer)),
+}
+"""What :class:`PolicyScheduler` measures itself, if the policy lists it in its attribute ``observes``."""
+
+
+class PolicyScheduler:
+    """Apply a feedback law to the hyper-parameters of an optimizer.
+
+    Call ``step`` after ``optimizer.step()``. The policy observes what is passed to ``step``, the
+    hyper-parameters of the first parameter group under their own names (``lr``, ``momentum``, …), and the
+    measurements that it lists in its attribute ``observes``. Its action is written to every group; a new
+    ``lr`` keeps the ratios between groups.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``.
+        policy: a :class:`bolza.core.Policy`.
+
+    Raises:
+        ArgumentError: the policy lacks ``init`` or ``update``, or observes what cannot be measured.
+
+    Example:
+        >>> class Halve:
+        ...     def init(self):
+        ...         return {}
+        ...     def update(self, state, observation):
+        ...         return state, {"lr": observation["lr"] / 2}
+        >>> optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0)
+        >>> scheduler = PolicyScheduler(optimizer, Halve())
+        >>> scheduler.step(loss=0.3)
+        {'lr': 0.5}
+        >>> optimizer.param_groups[0]["lr"]
+        0.5
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, policy: Policy[Any]) -> None:
+        if not isinstance(policy, Policy):
+            raise ArgumentError(f"policy={policy!r} has no init() and update(state, observation)")
+        unknown = [name for name in getattr(policy, "observes", ()) if name not in MEASUREMENTS]
+        if unknown:
+            raise ArgumentError(
+                f"the policy observes {unknown[0]!r}, which is not measured: choose among "
+                f"{', '.join(MEASUREMENTS)}, or pass it to step()"
+            )
+        self.optimizer = optimizer
+        self.policy = policy
+        self.state = policy.init()
+
+    def step(self, **observation: Any) -> dict[str, float]:
+        """Observe, decide, act.
+
+        Args:
+            observation: what the loop knows, for example ``loss=``; the keys are the policy's business.
+
+        Returns:
+            The action that was written to the parameter groups.
+
+        Raises:
+            ArgumentError: the policy sets a hyper-parameter that the optimizer does not have.
+        """
+        first = self.optimizer.param_groups[0]
+        seen = {key: value for key, value in first.items() if key != "params"}
+        for name in getattr(self.policy, "observes", ()):
+            seen[name] = MEASUREMENTS[name](self.optimizer)
+        self.state, action = self.policy.update(self.state, seen | observation)
+        for key, value in action.items():
+            if key not in first:
+                raise ArgumentError(
+                    f"the policy sets {key!r}, which {type(self.optimizer).__name__} does not have: its "
+                    f"groups have {', '.join(k for k in first if k != 'params')}"
+                )
+            self._write(key, value)
+        return action
+
+    def _write(self, key: str, value: float) -> None:
+        groups = self.optimizer.param_groups
+        reference = float(groups[0][key]) if key == "lr" else 0.0
+        for group in groups:
+            new = value * float(group[key]) / reference if reference > 0 else value
+            if isinstance(group[key], Tensor):
+                group[key].fill_(new)  # a compiled step holds on to the tensor
+            else:
+                group[key] = new
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the policy; the hyper-parameters are in the optimizer's own state."""
+        return {"state": self.state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.state = state_dict["state"]

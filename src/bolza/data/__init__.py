@@ -1,0 +1,19 @@
+"""Data sets that need no download, and loaders for those a user brings."""
+
+from bolza.data.dataset import Dataset, batches, hold_out
+from bolza.data.loading import NAMES, load, validate
+from bolza.data.sets import diabetes, digits, digits_images, mnist5k, text
+
+__all__ = [
+    "NAMES",
+    "Dataset",
+    "batches",
+    "diabetes",
+    "digits",
+    "digits_images",
+    "hold_out",
+    "load",
+    "mnist5k",
+    "text",
+    "validate",
+]

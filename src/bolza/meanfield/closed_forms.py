@@ -1,0 +1,115 @@
+r"""Gaussian moments in closed form: erf, and functions linear on either side of zero.
+
+erf (Williams 1997), with D = √((1+2q_u)(1+2q_v)) and k = c√(q_u q_v):
+    E φφ = 2/π arcsin(2k/D),   E φ'φ' = 4/π (D² - 4k²)^(-1/2).
+φ(h) = h for h > 0 and αh below (Cho & Saul 2009), with κ₀ = (π - arccos c)/π and
+κ₁ = (√(1-c²) + c(π - arccos c))/π:
+    E φφ = √(q_u q_v) [(1-α)² κ₁/2 + α c],   E φ'φ' = (1-α)² κ₀/2 + α.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import pi
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["ClosedForm", "ErfForm", "RectifierForm"]
+
+
+class ClosedForm(Protocol):
+    """Moments of an activation, elementwise in float64 tensors of variances and correlations."""
+
+    def mean(self, q: Tensor) -> Tensor:
+        """E φ(h)."""
+
+    def second(self, q: Tensor) -> Tensor:
+        """E φ(h)²."""
+
+    def slope(self, q: Tensor) -> Tensor:
+        """E φ'(h)²."""
+
+    def second_rate(self, q: Tensor) -> Tensor:
+        """d/dq E φ(h)²."""
+
+    def cross(self, q_u: Tensor, q_v: Tensor, c: Tensor) -> Tensor:
+        """E φ(u)φ(v)."""
+
+    def cross_slope(self, q_u: Tensor, q_v: Tensor, c: Tensor) -> Tensor:
+        """E φ'(u)φ'(v)."""
+
+
+@dataclass(frozen=True)
+class ErfForm:
+    """The error function."""
+
+    def mean(self, q: Tensor) -> Tensor:
+        """Zero: odd function."""
+        return torch.zeros_like(q)
+
+    def second(self, q: Tensor) -> Tensor:
+        """2/π arcsin(2q/(1+2q)), as an arctangent that keeps its digits for large q."""
+        return 2 / pi * torch.atan2(2 * q, (1 + 4 * q).sqrt())
+
+    def slope(self, q: Tensor) -> Tensor:
+        """4/π (1+4q)^(-1/2)."""
+        return 4 / pi / (1 + 4 * q).sqrt()
+
+    def second_rate(self, q: Tensor) -> Tensor:
+        """Derivative of `second`."""
+        return 4 / pi / ((1 + 2 * q) * (1 + 4 * q).sqrt())
+
+    def cross(self, q_u: Tensor, q_v: Tensor, c: Tensor) -> Tensor:
+        """2/π arcsin(2k/D)."""
+        k = 2 * c * (q_u * q_v).sqrt()
+        return 2 / pi * torch.atan2(k, self._root(q_u, q_v, c))
+
+    def cross_slope(self, q_u: Tensor, q_v: Tensor, c: Tensor) -> Tensor:
+        """4/π (D² - 4k²)^(-1/2)."""
+        return 4 / pi / self._root(q_u, q_v, c)
+
+    @staticmethod
+    def _root(q_u: Tensor, q_v: Tensor, c: Tensor) -> Tensor:
+        return (1 + 2 * (q_u + q_v) + 4 * q_u * q_v * (1 - c) * (1 + c)).sqrt()
+
+
+@dataclass(frozen=True)
+class RectifierForm:
+    """φ(h) = h for h > 0, ``negative`` · h below: ReLU (0), leaky ReLU, the identity (1).
+
+    Args:
+        negative: slope below zero.
+    """
+
+    negative: float
+
+    def mean(self, q: Tensor) -> Tensor:
+        """(1-α) √(q/2π)."""
+        return (1 - self.negative) * (q / (2 * pi)).sqrt()
+
+    def second(self, q: Tensor) -> Tensor:
+        """(1+α²) q/2."""
+        return (1 + self.negative**2) / 2 * q
+
+    def slope(self, q: Tensor) -> Tensor:
+        """(1+α²)/2, for every q."""
+        return torch.full_like(q, (1 + self.negative**2) / 2)
+
+    def second_rate(self, q: Tensor) -> Tensor:
+        """(1+α²)/2, for every q."""
+        return self.slope(q)
+
+    def cross(self, q_u: Tensor, q_v: Tensor, c: Tensor) -> Tensor:
+        """√(q_u q_v) [(1-α)² κ₁/2 + α c]."""
+        angle = 2 * torch.atan2((1 - c).clamp_min(0).sqrt(), (1 + c).clamp_min(0).sqrt())
+        kappa = (torch.sin(angle) + c * (pi - angle)) / pi
+        return (q_u.sqrt() * q_v.sqrt()) * ((1 - self.negative) ** 2 / 2 * kappa + self.negative * c)
+
+    def cross_slope(self, q_u: Tensor, q_v: Tensor, c: Tensor) -> Tensor:
+        """(1-α)² κ₀/2 + α."""
+        # arccos keeps only half the digits near c = 1; the half-angle form keeps all of them.
+        angle = 2 * torch.atan2((1 - c).clamp_min(0).sqrt(), (1 + c).clamp_min(0).sqrt())
+        value = (1 - self.negative) ** 2 / 2 * (1 - angle / pi) + self.negative
+        return value.expand(torch.broadcast_tensors(q_u, q_v, c)[0].shape)

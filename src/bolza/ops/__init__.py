@@ -1,0 +1,1 @@
+"""Numerics without control theory: pure functions of tensors."""

@@ -1,0 +1,30 @@
+"""The run loop: training that can be interrupted, resumed and believed; and many networks at once."""
+
+from bolza.training.checkpoint import load_tree, save_tree
+from bolza.training.divergence import (
+    first_nonfinite_gradient,
+    first_nonfinite_layer,
+    first_nonfinite_state,
+)
+from bolza.training.ensemble import EnsembleRun, ensemble_parameters, train_ensemble
+from bolza.training.loop import train
+from bolza.training.optimizers import default_loss, make_optimizer, optimizer_names
+from bolza.training.order import BatchOrder
+from bolza.training.run import Run
+
+__all__ = [
+    "BatchOrder",
+    "EnsembleRun",
+    "Run",
+    "default_loss",
+    "ensemble_parameters",
+    "first_nonfinite_gradient",
+    "first_nonfinite_layer",
+    "first_nonfinite_state",
+    "load_tree",
+    "make_optimizer",
+    "optimizer_names",
+    "save_tree",
+    "train",
+    "train_ensemble",
+]

@@ -1,0 +1,287 @@
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bolza.core.errors import ArgumentError, DataError, DivergenceError
+from bolza.meanfield import Propagation, fixed_point, propagate
+
+
+def draw(model: nn.Module, weight_var: float, bias_var: float, seed: int = 0) -> nn.Module:
+    g = torch.Generator().manual_seed(seed)
+    for m in model.modules():
+        if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d):
+            fan_in = m.weight[0].numel()
+            nn.init.normal_(m.weight, std=(weight_var / fan_in) ** 0.5, generator=g)
+            nn.init.normal_(m.bias, std=bias_var**0.5, generator=g)
+    return model
+
+
+def mlp(width: int, depth: int, activation: Any = nn.Tanh, inputs: int = 20) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Linear(inputs, width), activation()]
+    for _ in range(depth - 2):
+        layers += [nn.Linear(width, width), activation()]
+    return nn.Sequential(*layers, nn.Linear(width, 5))
+
+
+def check(
+    result: Propagation, depth: int, width: int, slack: float = 1.0, kinds: set[str] | None = None
+) -> None:
+    """Within 3.5 standard errors of the layer plus what width and depth allow, relative √(slack depth/width)."""
+    wide = math.sqrt(slack * depth / width)
+    for row in result.layers:
+        if row.units < 30 or (kinds is not None and row.kind not in kinds):
+            continue
+        assert abs(row.q_theory / row.q_measured - 1) < 3.5 * row.q_error / row.q_measured + wide, row
+        assert abs(row.c_theory - row.c_measured) < 3.5 * row.c_error + wide / 2, row
+        assert (
+            abs(math.log(row.grad_theory / row.grad_measured))
+            < 3.5 * row.grad_error / row.grad_measured + wide
+        ), row
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.GELU, nn.ELU], ids=lambda a: a.__name__)
+def test_a_wide_plain_network_does_what_theory_says(activation: Any) -> None:
+    model = draw(mlp(600, 6, activation), 1.7, 0.05)
+    result = propagate(model, torch.randn(8, 20), torch.randint(5, (8,)), F.cross_entropy)
+    check(result, 6, 600)
+    assert {r.source for r in result.layers} == {"theory"}
+    assert result.phase.activation == activation.__name__.lower()
+
+
+def test_the_phase_of_a_plain_network_is_its_fixed_point() -> None:
+    result = propagate(draw(mlp(300, 8), 1.5, 0.05), torch.randn(8, 20))
+    exact = fixed_point("tanh", 1.5, 0.05)
+    phase = result.phase
+    assert phase.phase == "ordered" and phase.depth == 8
+    assert phase.chi_1 == pytest.approx(float(exact.chi_1), abs=4 * phase.chi_1_error)
+    assert phase.trainable_depth == pytest.approx(6 * phase.xi_c)
+    assert (phase.sigma_w2, phase.sigma_b2) == pytest.approx((1.5, 0.05), rel=0.1)
+    assert propagate(draw(mlp(300, 8), 6.0, 0.05), torch.randn(8, 20)).phase.phase == "chaotic"
+
+
+def test_default_initialisation_of_fifty_tanh_layers_is_ordered_and_gradients_do_not_underflow() -> None:
+    model = mlp(100, 50)
+    result = propagate(model, torch.randn(16, 20), torch.randint(5, (16,)), F.cross_entropy)
+    first = result.layers[0]
+    assert 1e-40 < first.grad_measured < 1e-20
+    assert abs(math.log(first.grad_theory / first.grad_measured)) < 2  # 50 layers of width 100
+    assert result.phase.phase == "ordered"
+    assert result.phase.chi_1 == pytest.approx(1 / 3, rel=0.02)  # U(-1/√n, 1/√n) has variance 1/3n
+    assert result.phase.trainable_depth < 7
+    assert result.phase.chi_1_measured == pytest.approx(1 / 3, rel=0.1)
+
+
+def test_nothing_of_the_model_is_changed() -> None:
+    model = nn.Sequential(
+        nn.Linear(6, 40), nn.BatchNorm1d(40), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(40, 3)
+    )  # fmt: skip
+    before = copy.deepcopy(model.state_dict())
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    random = torch.get_rng_state()
+    one = propagate(model, torch.randn(20, 6, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert (model[0].weight.grad == 1).all() and model.training
+    assert one == propagate(model, torch.randn(20, 6, generator=torch.Generator().manual_seed(1)))
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__()
+        self.stem = nn.Linear(20, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return self.head(x)
+
+
+def test_residual_sums_add_variances_forward_and_factors_backward() -> None:
+    result = propagate(draw(Residual(500, 6), 1.0, 0.0), torch.randn(8, 20))
+    check(result, 7, 500)
+    sums = [r for r in result.layers if r.kind == "add"]
+    assert len(sums) == 6 and all(r.source == "theory" for r in result.layers)
+    assert not result.phase.plain and "block" in result.phase.reason
+
+
+def test_sum_of_dependent_values_is_measured_and_named() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(20, 50)
+            self.b = nn.Linear(50, 50)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x + x.relu())
+
+    rows = {r.name: r for r in propagate(Gated(), torch.randn(8, 20)).layers}
+    assert rows["add"].source == "measured" and "same random layer" in rows["add"].note
+    assert rows["b"].source == "theory"
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_convolutions_carry_positions(mode: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(2, 150, 3, padding=1, padding_mode=mode), nn.Tanh(), nn.Conv2d(150, 150, 3, stride=2, padding=1),
+        nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(150, 150, 2), nn.Flatten(), nn.Linear(150, 60),
+    )  # fmt: skip
+    result = propagate(draw(model, 1.8, 0.05), torch.randn(6, 2, 8, 8))
+    check(result, 5, 150, slack=1.5)
+    assert {r.source for r in result.layers} == {"theory"}
+
+
+def test_large_images_are_carried_position_by_position() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 100, 5, padding=2), nn.ReLU(), nn.Conv1d(100, 100, 5, stride=4), nn.Flatten(),
+                          nn.Linear(100 * 49, 100))  # fmt: skip
+    result = propagate(draw(model, 2.0, 0.0), torch.randn(8, 3, 200))
+    check(result, 3, 100, slack=1.5)
+    assert {r.source for r in result.layers} == {"theory"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_and_dropout(training: bool) -> None:
+    model = nn.Sequential(
+        nn.Linear(20, 500), nn.BatchNorm1d(500), nn.ReLU(), nn.Linear(500, 500), nn.LayerNorm(500), nn.Tanh(),
+        nn.Dropout(0.3), nn.Linear(500, 500), nn.RMSNorm(500), nn.ReLU(), nn.Linear(500, 500), nn.GroupNorm(5, 500),
+        nn.Linear(500, 500),
+    ).train(training)  # fmt: skip
+    result = propagate(draw(model, 1.5, 0.05), torch.randn(16, 20))
+    check(result, 8, 500, slack=1.5)
+    assert {r.source for r in result.layers} == {"theory"}
+
+
+def test_batch_norm_makes_gradients_explode_at_the_known_rate() -> None:
+    """ReLU with batches of 64: 1.493 a layer (review §3.7)."""
+    layers: list[nn.Module] = [nn.Linear(20, 400)]
+    for _ in range(6):
+        layers += [nn.BatchNorm1d(400), nn.ReLU(), nn.Linear(400, 400)]
+    result = propagate(draw(nn.Sequential(*layers), 2.0, 0.0), torch.randn(64, 20), max_samples=64)
+    theory = [r.grad_theory for r in result.layers if r.kind == "Linear"]
+    assert (theory[1] / theory[5]) ** 0.25 == pytest.approx(1.493, abs=0.03)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 96)
+        self.place = nn.Parameter(torch.randn(10, 96) * 0.3)
+        self.norm = nn.LayerNorm(96)
+        self.qkv = nn.Linear(96, 3 * 96)
+        self.out = nn.Linear(96, 96)
+        self.mlp = nn.Sequential(nn.LayerNorm(96), nn.Linear(96, 200), nn.GELU(), nn.Linear(200, 96))
+        self.head = nn.Linear(96, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.place
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, t, 3, 4, d // 4).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(b, t, d))
+        x = x + self.mlp(x)
+        return self.head(x)
+
+
+def test_a_language_model_is_theory_but_for_attention() -> None:
+    ids = torch.randint(11, (8, 10))
+    result = propagate(Attention(), ids, ids, lambda out, y: F.cross_entropy(out.flatten(0, 1), y.flatten()))
+    assert [r.kind for r in result.unmapped] == ["scaled_dot_product_attention"]
+    rows = {r.name: r for r in result.layers}
+    assert rows["embed"].c_theory == pytest.approx(rows["embed"].c_measured, abs=0.05)
+    check(result, 6, 96, kinds={"Embedding", "LayerNorm", "GELU", "add"})
+
+
+def test_layers_without_a_map_are_named_and_theory_goes_on_from_the_measurement() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTM(8, 60, batch_first=True)
+            self.head = nn.Linear(60, 50)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.cell(x)[0][:, -1])
+
+    result = propagate(Recurrent(), torch.randn(12, 5, 8))
+    assert [(r.name, r.kind, r.source) for r in result.layers] == [
+        ("cell", "LSTM", "measured"), ("head", "Linear", "theory")
+    ]  # fmt: skip
+    assert "no moment map for LSTM" in result.unmapped[0].note
+    assert result.layers[0].q_theory == pytest.approx(result.layers[0].q_measured)
+
+
+def test_densely_connected_layers_join_kernels_by_their_widths() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(20, 100), nn.Linear(100, 300), nn.Linear(400, 80)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.a(x)
+            return self.c(torch.cat([a, torch.tanh(self.b(a))], dim=1))
+
+    result = propagate(draw(Dense(), 1.5, 0.05), torch.randn(8, 20))
+    check(result, 3, 100)
+    assert {r.source for r in result.layers} == {"theory"}
+
+
+def test_a_model_that_cannot_be_traced_is_compared_layer_by_layer() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.act, self.b = nn.Linear(20, 300), nn.Tanh(), nn.Linear(300, 300)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(self.a(x))
+            return self.b(x) if float(x.sum().detach()) < 1e9 else x
+
+    result = propagate(draw(Branching(), 1.5, 0.05), torch.randn(8, 20))
+    assert "could not be traced" in result.notes[0]
+    assert [r.name for r in result.layers] == ["a", "act", "b"]
+    assert result.layers[2].q_theory == pytest.approx(result.layers[2].q_measured, rel=0.2)
+
+
+def test_a_regressor_with_one_output_and_one_sample_works() -> None:
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 1))
+    result = propagate(model, torch.randn(1, 20), torch.zeros(1, 1), F.mse_loss)
+    assert math.isnan(result.layers[0].c_measured) and result.layers[0].grad_measured > 0
+
+
+def test_an_exported_graph_has_theory_for_its_operators() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(20, 300), nn.Linear(300, 300)
+            self.weight = nn.Parameter(torch.ones(300))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.ops.aten.tanh.default(torch.ops.aten.linear.default(x, self.a.weight, self.a.bias))
+            h = torch.ops.aten.linear.default(h, self.b.weight, self.b.bias)
+            h = torch.ops.aten.add.Tensor(h, torch.ops.aten.relu.default(self.b(h)))
+            return torch.ops.aten.layer_norm.default(h, [300], self.weight)
+
+    result = propagate(draw(Steps(), 1.5, 0.05), torch.randn(8, 20))
+    assert {r.source for r in result.layers} == {"theory"}
+    check(result, 4, 300)
+
+
+def test_bad_input_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    with pytest.raises(DataError, match="1 numbers that are not finite"):
+        propagate(model, torch.tensor([[1.0, float("nan"), 0.0]]))
+    with pytest.raises(ArgumentError, match=r"shape \(5, 4\).*scalar"):
+        propagate(model, torch.ones(5, 3), torch.ones(5, 4), lambda out, y: out - y)
+    with pytest.raises(ArgumentError, match="batch of inputs"):
+        propagate(model, 3)
+    with pytest.raises(DataError, match="no samples"):
+        propagate(model, torch.ones(0, 3))
+    nn.init.constant_(model[0].weight, float("nan"))
+    with pytest.raises(DivergenceError, match="layer '0'"):
+        propagate(model, torch.ones(5, 3))
