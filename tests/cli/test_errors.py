@@ -13,7 +13,7 @@ from bolza.ops.errors import ArgumentError, UserCodeError
     ("error", "code", "words"),
     [
         (ArgumentError("lr=-1 must be positive"), 2, "error: lr=-1 must be positive"),
-        (KeyboardInterrupt(), 130, "stopped: Interrupted"),
+        (KeyboardInterrupt(), 130, "stopped: interrupted"),
         (ZeroDivisionError("by 0"), 1, "ZeroDivisionError: by 0"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
     ],

@@ -57,3 +57,9 @@ def test_near_offers_at_most_three_names():
     assert near("a", ["zzz"]) == ""
     assert near("sdg", ["sgd", "adam"]) == "; did you mean sgd?"
     assert is_path("a:b") and not is_path("mlp")
+
+
+def test_a_file_that_is_no_python_is_named_with_its_line_once(home):
+    (home / "broken.py").write_text("def net(:\n")
+    with pytest.raises(UserCodeError, match=r"SyntaxError: invalid syntax \(broken.py, line 1\): correct it"):
+        load("broken:net", "model")

@@ -17,6 +17,7 @@ from bolza.core import (
     rollout,
 )
 from bolza.core.errors import ArgumentError, ShapeError
+from bolza.systems import LinearSystem
 
 F64 = torch.float64
 
@@ -336,3 +337,19 @@ def test_residuals_of_a_step_without_control_have_no_stationarity():
 def test_residuals_need_costates():
     with pytest.raises(ArgumentError, match="call adjoint"):
         maximum_principle_residuals(Plain(), CallableCost(), rollout(Plain(), torch.ones(1)))
+
+
+def test_states_and_controls_that_do_not_belong_together_are_refused() -> None:
+    system = LinearSystem(torch.eye(1), torch.eye(1), horizon=3)
+    run = rollout(system, torch.ones(1))
+    cut = Trajectory(states=run.states, controls=run.controls[:2])
+    with pytest.raises(ShapeError, match="4 states for 2 controls"):
+        adjoint(system, CallableCost(terminal=lambda x: x.sum()), cut)
+
+
+def test_a_rollout_in_inference_mode_has_an_adjoint() -> None:
+    system = LinearSystem(2 * torch.eye(1), torch.eye(1), horizon=2)
+    with torch.inference_mode():
+        run = rollout(system, torch.ones(1))
+    solved = adjoint(system, CallableCost(terminal=lambda x: x.sum()), run)
+    assert solved.costates is not None and solved.costates[0].item() == 4.0

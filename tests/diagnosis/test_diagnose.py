@@ -101,7 +101,7 @@ class _Counter(HTMLParser):
 def test_the_page_has_all_figures_and_nothing_from_outside(deep, tmp_path):
     reader = _Counter()
     reader.feed(deep.to_html(tmp_path / "d.html").read_text(encoding="utf-8"))
-    assert reader.figures == ["signal", "gradient", "phase", "spectra", "noise", "training"]
+    assert reader.figures == ["signal", "gradient", "phase", "spectra", "noise", "training", "course"]
     assert reader.outside == []
 
 
@@ -260,11 +260,60 @@ def test_settings_that_make_no_sense_are_named(options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("depth", [50, 100])
+@pytest.mark.parametrize("depth, seed", [(50, 0), (50, 1), (100, 0), (100, 1)])
 def test_the_default_goes_from_chance_to_95_per_cent(depth, seed):
     torch.manual_seed(seed)
     d = bolza.diagnose(models.mlp(depth=depth), "digits", train=True, seed=seed)
     assert d.training["before"].metrics["test_accuracy"] < 0.15
     assert d.training["before_with_prescribed_lr"].metrics["test_accuracy"] < 0.15
     assert d.training["after"].metrics["test_accuracy"] >= 0.95
+
+
+class Counting(nn.Module):
+    """Keeps a count in a buffer, gives a mapping, and draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.calls += 1
+        return {"scores": self.layer(x), "noise": torch.rand(1)}
+
+
+def test_a_network_out_of_the_ordinary_is_tried_too_and_left_as_it_is():
+    model, state = Counting(), torch.get_rng_state()
+    d = bolza.diagnose(
+        model,
+        "digits",
+        lambda out, y: nn.functional.cross_entropy(out["scores"], y),
+        train=True,
+        samples=16,
+        steps=3,
+    )
+    assert d.training["after"].status == "finished" and "training.unavailable" not in d
+    assert model.calls == 0 and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_layers_get_one_set_of_weights_and_the_users_model_stays_lazy():
+    model, state = nn.Sequential(nn.LazyLinear(12), nn.Tanh(), nn.LazyLinear(10)), torch.get_rng_state()
+    d = bolza.diagnose(model, "digits", train=True, samples=16, steps=3)
+    assert d.training["after"].status == "finished" and d.subject["parameters"] == 65 * 12 + 13 * 10
+    assert isinstance(model[0].weight, nn.UninitializedParameter)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_question_in_which_the_users_code_raises_does_not_lose_the_others():
+    class Moody(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            Moody.calls += 1
+            if Moody.calls == 5:
+                raise KeyError("cache")
+            return super().forward(x)
+
+    d = bolza.diagnose(Moody(64, 10), "digits", samples=16)
+    assert [f.text for f in d if f.key.endswith(".unavailable")] == ["KeyError: 'cache'"]

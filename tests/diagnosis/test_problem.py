@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -71,6 +72,19 @@ def test_a_parameter_that_the_loss_does_not_reach_is_named():
     assert problem.parameter_names == ["used.weight"]
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_real_data_takes_the_precision_of_the_model(kind):
+    """NumPy's numbers are float64, and no one who names a loader on the command line can convert them there."""
+    problem = prepare(net().to(kind), (torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3))
+    assert problem.x.dtype == kind and problem.y.dtype == torch.int64
+
+
+class Locked(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
+        self.lock = threading.Lock()
+
+
 NAN = torch.full((8, 4), math.nan)
 
 
@@ -101,7 +115,17 @@ NAN = torch.full((8, 4), math.nan)
         (net(), batch(), lambda o, y: o.detach().sum(), ArgumentError, "no parameter"),
         (net(), batch(), lambda o, y: o.sum() * math.inf, DataError, "untrained network is"),
         (net().half(), batch(), None, UnsupportedError, "float16 on a CPU"),
-        (net().double(), batch(), None, DataError, "torch.float64"),
+        (Locked(), batch(), None, UnsupportedError, "cannot be copied (cannot pickle '_thread.lock' object)"),
+        (
+            net(),
+            batch(),
+            lambda o, y: torch.ones((), requires_grad=True),
+            ArgumentError,
+            "not even on '0.weight'",
+        ),
+        (net(), batch(), lambda o, y: o.sum() + 1j, ShapeError, "a complex64 tensor"),
+        (net().to("meta"), batch(), None, UnsupportedError, "meta device"),
+        (net(), (torch.ones(8, 4).int(), torch.arange(8) % 3), None, UserCodeError, "x.float()"),
         (net().requires_grad_(False), batch(), None, ArgumentError, "requires_grad"),
     ],
 )

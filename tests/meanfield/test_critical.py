@@ -60,3 +60,22 @@ def test_no_critical_point_is_said_so() -> None:
         critical_line("tanh")
     with pytest.raises(ArgumentError, match="bias_var is"):
         critical_weight_var("tanh", -0.1)
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [
+        ("selu", 2 / (1.0507009873554805**2 * (1 + 1.6732632423543772**2))),
+        ("relu6", 2.0),
+        (torch.abs, 1.0),
+        (lambda x: x.clamp(min=0), 2.0),
+        (lambda x: torch.where(x > 0, x, 0.2 * x), 2 / 1.04),
+        (lambda x: torch.relu(x) + 0.1 * torch.tanh(x), 2 / (1.1**2 + 0.1**2)),
+    ],
+)
+def test_a_kink_at_zero_counts_with_both_its_sides(activation, expected) -> None:
+    # without bias q* = 0, where E φ'² → (φ'(0−)² + φ'(0+)²)/2, whatever autograd says at 0
+    weight = critical_weight_var(activation, 0.0)
+    assert float(weight) == pytest.approx(expected, rel=1e-7)
+    assert fixed_point(activation, 0.99 * weight, 0.0).regime == "ordered"
+    assert fixed_point(activation, 1.01 * weight, 0.0).regime == "chaotic"

@@ -219,3 +219,29 @@ def test_bad_arguments_are_named():
 def test_an_estimate_prints_its_error():
     assert str(Estimate(6.1314, 0.02)) == "6.131 ± 0.02" and str(Estimate(3.0)) == "3"
     assert float(Estimate(2.5, 1)) == 2.5
+
+
+@pytest.mark.parametrize("scale", [1e30, 1.0, 1e-30])
+def test_float32_beyond_the_range_of_its_squares_is_no_trap(scale):
+    matrix = (with_spectrum(torch.linspace(0.1, 1.0, 40)) * scale).float()
+    result = top_eigenpairs(
+        LinearOperator.from_matrix(matrix), tol=1e-3, generator=torch.Generator().manual_seed(0)
+    )
+    assert result.converged
+    assert float(result.eigenvalues[0]) / scale == pytest.approx(1.0, rel=1e-3)
+    assert 0 < float(result.residuals[0]) < 0.1 * scale
+
+
+def test_float32_does_not_claim_what_rounding_forbids():
+    op = LinearOperator.from_matrix(with_spectrum(torch.arange(1.0, 31.0)).float())
+    with pytest.warns(ConvergenceWarning):
+        result = top_eigenpairs(op, 2, tol=1e-10, generator=torch.Generator().manual_seed(0))
+    assert not result.converged and bool((result.errors > 1e-7).all())
+    assert bool(((result.eigenvalues - torch.tensor([30.0, 29.0])).abs() <= result.errors * 3).all())
+
+
+def test_zero_eigenvalues_are_found_to_rounding_without_a_false_alarm():
+    op = LinearOperator.from_matrix(with_spectrum([3.0] + [0.0] * 39))
+    result = top_eigenpairs(op, 4, generator=torch.Generator().manual_seed(0))
+    assert result.converged and result.products < 10
+    assert result.eigenvalues.tolist() == pytest.approx([3.0, 0.0, 0.0, 0.0], abs=1e-13)

@@ -399,3 +399,87 @@ def test_one_step_on_every_hamiltonian_is_one_step_of_sgd():
     F.cross_entropy(net(x), y).backward()
     for name, gradient in run.gradient_by_name().items():
         torch.testing.assert_close(gradient, net.get_parameter(name).grad, rtol=1e-12, atol=1e-13)
+
+
+class Options(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x, mask=None, scale=1.0, wide=True):
+        h = self.a(x)
+        h = h if mask is None else h * mask
+        return self.b(torch.tanh(h) if wide else h) * scale
+
+
+def test_numbers_among_the_arguments_reach_every_stage():
+    net, x = Options(), torch.randn(3, 4)
+    system = as_system(net, (x, torch.ones(3, 4), 3.0, False))
+    assert system.horizon == 2
+    for scale in (3.0, 0.5):
+        states = rollout(system, system.initial_state(x, torch.ones(3, 4), scale, False)).states
+        torch.testing.assert_close(states[-1], net(x, None, scale, False), **CLOSE)
+    with pytest.raises(ShapeError, match="like this"):
+        system.initial_state(x, torch.ones(3, 4), 3.0, True)
+
+
+def test_an_argument_that_the_example_left_out_is_not_ignored():
+    net, x = Options(), torch.randn(3, 4)
+    system = as_system(net, (x, None))
+    for refused in (
+        lambda: system.initial_state(x, torch.zeros(3, 4)),
+        lambda: rollout(system, (x, torch.zeros(3, 4))),
+    ):
+        with pytest.raises(ShapeError, match="such an example|like this"):
+            refused()
+
+
+def test_an_exported_stage_does_not_overwrite_its_state():
+    class Halved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.a(x)
+            h.view(-1).mul_(2.0)
+            return self.b(torch.tanh(h))
+
+    net, x = Halved(), torch.randn(3, 4)
+    system = as_system(net, x)
+    run = adjoint(system, CallableCost(terminal=lambda y: y.square().sum()), rollout(system, x))
+    net(x).square().sum().backward()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(run.gradient_by_name()[name], p.grad, **CLOSE)
+
+
+def test_packed_sequences_stay_inside_a_stage():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.g, self.o = nn.Linear(3, 4), nn.GRU(4, 5, batch_first=True), nn.Linear(5, 2)
+
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(
+                self.e(x), lengths, batch_first=True, enforce_sorted=False
+            )
+            return self.o(self.g(packed)[1][-1])
+
+    net, x = Packed(), torch.randn(3, 5, 3)
+    system = as_system(net, (x, torch.tensor([5, 2, 3])))
+    lengths = torch.tensor([1, 4, 2])
+    run = rollout(system, system.initial_state(x, lengths))
+    torch.testing.assert_close(run.states[-1], net(x, lengths), **CLOSE)
+    cost = CallableCost(terminal=lambda y: y.sum())
+    gradients = adjoint(system, cost, run).gradient_by_name()
+    net(x, lengths).sum().backward()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_whose_layers_were_replaced_is_not_evaluated_as_it_was():
+    net, x = networks.build("mlp")
+    system = as_system(net, x)
+    net[1] = nn.ReLU()
+    with pytest.raises(TraceError, match="make the system again"):
+        rollout(system, x)

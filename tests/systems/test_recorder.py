@@ -291,3 +291,97 @@ def test_bad_arguments_are_refused():
         small(keep="some")
     with pytest.raises(ArgumentError, match="example is missing"):
         Recorder(nn.Linear(2, 2))
+
+
+def test_a_state_that_is_also_an_output_has_the_costate_of_each_place():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            h = torch.tanh(self.a(x))
+            return {"logits": self.b(h), "hidden": h, "again": h}
+
+    net, x = Both(), torch.randn(3, 4)
+    recorder = Recorder(net, x)
+
+    def cost(y):
+        return y["logits"].square().sum() + 3 * y["hidden"].sum() + y["again"].square().sum()
+
+    cost(net(x)).backward()
+    system = recorder.system
+    run = adjoint(system, CallableCost(terminal=cost), rollout(system, x))
+    assert_same(recorder.trajectory.costates[1:], run.costates[1:])
+
+
+def test_a_layer_with_several_outputs_has_a_costate_for_each():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.g, self.o = nn.GRU(3, 4, num_layers=2, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y, h = self.g(x)
+            return self.o(y.mean(1)), h
+
+    net, x = Recurrent(), torch.randn(2, 5, 3)
+    recorder = Recorder(net, x)
+    net(x)[0].sum().backward()  # h does not matter: its costate is zero, as adjoint says
+    system = recorder.system
+    run = adjoint(system, CallableCost(terminal=lambda y: y[0].sum()), rollout(system, x))
+    assert_same(recorder.trajectory.costates[1:], run.costates[1:])
+
+
+def test_states_inside_a_reentrant_checkpoint_are_missed_with_a_word():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.block = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.block, self.a(x), use_reentrant=True)
+
+    net, x = Checkpointed(), torch.randn(3, 4)
+    recorder = Recorder(net, x)
+    net(x).sum().backward()
+    with pytest.raises(ArgumentError, match="use_reentrant=False"):
+        _ = recorder.trajectory
+
+
+def test_recording_never_stops_running_statistics():
+    class Exported(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.norm(self.a(x))
+            h[:, :2].mul_(2.0)
+            return self.b(h)
+
+    net, x = Exported(), torch.randn(6, 4)
+    with pytest.raises(UnsupportedError, match="running statistics"):
+        Recorder(net, x)
+    net.eval()
+    with Recorder(net, x) as recorder:
+        net(x).sum().backward()
+        assert recorder.trajectory.costates[-1] is not None
+
+
+def test_an_exported_network_is_read_again_when_its_mode_changes():
+    class Exported(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.drop, self.b = nn.Linear(4, 4), nn.Dropout(0.1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.a(x)
+            h[:, :2].mul_(2.0)
+            return self.b(self.drop(h))
+
+    net, x = Exported().eval(), torch.randn(6, 4)
+    with Recorder(net, x, keep="all") as recorder:
+        net(x).sum().backward()
+        net.train()(x).sum().backward()
+        assert len(recorder.trajectories) == 2

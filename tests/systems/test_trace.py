@@ -1,5 +1,6 @@
 """The traced graph computes what the network computes, and tracing leaves no trace."""
 
+import dataclasses
 import random
 
 import pytest
@@ -255,3 +256,116 @@ def test_export_graph_is_pure():
     graph_module = export_graph(net, (torch.randn(4, 3),))
     graph_module(torch.randn(4, 3))
     assert int(net.num_batches_tracked) == 0 and torch.equal(net.running_mean, torch.zeros(3))
+
+
+class WritesThroughAView(nn.Module):
+    def __init__(self, write):
+        super().__init__()
+        self.a, self.b, self.write = nn.Linear(4, 4), nn.Linear(4, 2), write
+        nn.init.constant_(self.a.bias, 5.0)  # so that no clamp acts on the example
+
+    def forward(self, x):
+        h = self.a(x)
+        self.write(h)
+        return self.b(torch.tanh(h))
+
+
+def clamp_a_part(h):
+    part = h[:, :2]
+    part.clamp_(min=0.0)
+
+
+def relu_a_part(h):
+    F.relu(h[:, 1:], inplace=True)
+
+
+@pytest.mark.parametrize("write", [clamp_a_part, relu_a_part])
+def test_a_write_through_a_view_is_not_lost_where_the_example_does_not_show_it(write):
+    net = WritesThroughAView(write)
+    traced = trace(net, 0.1 * torch.randn(3, 4))
+    other = 100 * torch.randn(6, 4)
+    torch.testing.assert_close(replayed(traced, other), net(other))
+    # nor does the graph overwrite what it is given: its operations are functional
+    assert not any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for node in traced.nodes
+    )
+
+
+def test_halves_that_do_not_overlap_may_be_overwritten_apart():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            left, right = self.a(x)[:, :2], x[:, 2:]
+            left.mul_(2.0)
+            return left + right
+
+    assert trace(Halves(), torch.randn(3, 4)).kind == "fx"
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "Tensor"])
+def test_a_symbol_never_reaches_compiled_code_that_would_crash(transform):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.a(x)
+            if transform == "vmap":
+                return torch.func.vmap(torch.tanh)(h)
+            if transform == "grad":
+                return torch.func.grad(lambda v: v.square().sum())(h)
+            return torch.Tensor(h) + h
+
+    net, x = Functional(), torch.randn(3, 4)
+    try:
+        torch.testing.assert_close(replayed(trace(net, x), x), net(x))
+    except TraceError as error:
+        assert "cannot be read" in str(error)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_blocks_are_looked_into(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.block, x.tanh(), use_reentrant=reentrant)
+
+    traced = trace(Checkpointed(), torch.randn(3, 4))
+    assert traced.kind == "fx" and {"block.0", "block.2"} <= {str(node.target) for node in traced.nodes}
+
+
+def test_an_object_that_hides_its_tensors_is_refused():
+    @dataclasses.dataclass
+    class Box:
+        value: torch.Tensor
+
+    class Boxed(nn.Linear):
+        def forward(self, x):
+            return Box(super().forward(x))
+
+    with pytest.raises(TraceError, match="type Box with tensors in it"):
+        trace(Boxed(3, 2), torch.randn(4, 3))
+
+
+def test_a_compiled_network_is_refused_by_name():
+    with pytest.raises(ArgumentError, match="_orig_mod"):
+        trace(torch.compile(nn.Linear(2, 2), backend="eager"), torch.ones(3, 2))
+
+
+def test_layerdrop_is_noticed_whatever_the_dice_say():
+    class Layerdrop(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if random.random() < 2.0 else x  # the branch is always the same
+
+    state = random.getstate()
+    with pytest.raises(TraceError, match="draw them with torch"):
+        trace(Layerdrop(2, 2), torch.ones(2, 2))
+    assert random.getstate() == state

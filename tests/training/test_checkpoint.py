@@ -63,3 +63,15 @@ def test_tensors_of_another_program_are_no_checkpoint(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "a")
     with pytest.raises(CheckpointError, match="no checkpoint of this library"):
         load_tree(tmp_path / "a")
+
+
+def test_one_wrong_bit_in_a_weight_is_noticed(tmp_path):
+    kinds = (torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.complex64)
+    state = {str(kind): torch.ones(3, 2).to(kind) for kind in kinds}
+    save_tree({**state, "scalar": torch.tensor(1.0), "empty": torch.zeros(0)}, tmp_path / "a")
+    assert load_tree(tmp_path / "a")["torch.bfloat16"].dtype == torch.bfloat16
+    content = bytearray((tmp_path / "a").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged .its checksum does not match.: delete it"):
+        load_tree(tmp_path / "a")

@@ -309,7 +309,7 @@ def frozen():
             lambda: nn.Linear(63, 10),
             {},
             UserCodeError,
-            r"the model raised RuntimeError on inputs of shape \(2, 64\)",
+            r"the model raised RuntimeError on float32 inputs of shape \(2, 64\): .*; give data",
         ),
         (net, {"steps": 3, "epochs": 1}, ArgumentError, "steps=3 and epochs=1"),
         (net, {"steps": 0}, ArgumentError, "steps=0"),

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from bolza.cli._errors import verb
+from bolza.cli._errors import tolerant_streams, verb
 from bolza.cli.bench import bench
 from bolza.cli.cite import cite
 from bolza.cli.diagnose import diagnose
@@ -70,4 +70,5 @@ for _panel, _verbs in (
 
 def main() -> None:
     """Run the command line."""
+    tolerant_streams()
     app(prog_name="bolza")

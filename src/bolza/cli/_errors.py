@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import io
 import os
 import sys
 import sysconfig
@@ -29,7 +30,7 @@ import typer
 
 from bolza.ops.errors import BolzaError, UserCodeError
 
-__all__ = ["reporting", "say", "user_code", "verb"]
+__all__ = ["reporting", "say", "tolerant_streams", "user_code", "verb"]
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
@@ -72,16 +73,28 @@ def reporting(debug: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except KeyboardInterrupt as error:
-        _end(error, "Interrupted. Nothing was changed.", INTERRUPTED, debug)
+        _end(error, "interrupted before there was a result; no report was written.", INTERRUPTED, debug)
     except BolzaError as error:
-        _end(error, str(error), BAD_INPUT, debug)
+        _end(error, _with_place(error), BAD_INPUT, debug)
     except OSError as error:
         if error.errno == errno.EPIPE:  # the reader of our output has left (| head)
             sys.stdout = open(os.devnull, "w")
             raise typer.Exit(UNEXPECTED) from error
         _end(error, _unexpected(error), UNEXPECTED, debug)
     except Exception as error:
+        if _out_of_memory(error):
+            sentence = (
+                "there is not enough memory: make the network, the batch or the number of samples smaller."
+            )
+            _end(error, sentence, BAD_INPUT, debug)
         _end(error, _unexpected(error), UNEXPECTED, debug)
+
+
+def tolerant_streams() -> None:
+    """Show a replacement for characters that the terminal's encoding lacks, rather than fail over a σ."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager
@@ -99,10 +112,12 @@ def user_code(what: str) -> Iterator[None]:
     except (BolzaError, typer.Exit, typer.Abort):
         raise
     except (Exception, SystemExit) as error:
-        where = _where(error.__traceback__) or _last_line(error.__traceback__)
+        where = _where(error.__traceback__)
+        if not where and not isinstance(error, SyntaxError):  # which names its own file and line
+            where = _last_line(error.__traceback__)
         text = str(error).strip().split("\n")[0]
         raise UserCodeError(
-            f"{what} raised {type(error).__name__}{': ' + text if text else ''} ({where}): "
+            f"{what} raised {type(error).__name__}{': ' + text if text else ''}{f' ({where})' if where else ''}: "
             "correct it there, or run again with --debug for the whole traceback."
         ) from error
 
@@ -120,6 +135,21 @@ def _end(error: BaseException, sentence: str, code: int, debug: bool) -> None:
         sys.stderr.write("".join(traceback.format_exception(error)))
     say(sentence, label="stopped" if code == INTERRUPTED else "error")
     raise typer.Exit(code) from error
+
+
+def _with_place(error: BolzaError) -> str:
+    """What the error says and, where code of the user's is behind it, the line there."""
+    cause = error.__cause__ if isinstance(error, UserCodeError) else None
+    place = _where(cause.__traceback__) if cause is not None else ""
+    return f"{error} ({place})" if place and place not in str(error) else str(error)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(words in text for words in ("allocate memory", "out of memory", "not enough memory"))
+    )
 
 
 def _unexpected(error: Exception) -> str:

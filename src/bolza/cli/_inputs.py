@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from bolza.data import Dataset
 
-__all__ = ["dataset", "device", "network"]
+__all__ = ["dataset", "device", "network", "seeded"]
 
 
 def dataset(spec: str) -> Dataset:
@@ -75,6 +75,23 @@ def network(
         raise ArgumentError(f"model {spec!r} is unknown{hint} Your own is named as pkg.module:factory.")
     own: Any = load(activation, "activation") if activation and is_path(activation) else activation
     return make(spec, data, depth=depth, width=width, activation=own)
+
+
+def seeded(seed: int) -> None:
+    """Seed torch, for networks that are about to be made.
+
+    Args:
+        seed: a whole number of at most 64 bits.
+
+    Raises:
+        ArgumentError: it has more.
+    """
+    import torch
+
+    try:
+        torch.manual_seed(seed)
+    except (RuntimeError, ValueError) as error:
+        raise ArgumentError(f"--seed {seed} has more than 64 bits: choose a smaller number.") from error
 
 
 def device(name: str | None) -> torch.device | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,7 +72,7 @@ def call(spec: str, role: str) -> Any:
         What the call returned, or the object itself where it is no function or class.
 
     Raises:
-        ArgumentError: as in `load`.
+        ArgumentError: as in `load`, or the function needs arguments.
         UserCodeError: importing or calling raised.
 
     Example:
@@ -78,11 +80,27 @@ def call(spec: str, role: str) -> Any:
         OrderedDict()
     """
     found = load(spec, role)
-    if isinstance(found, type) or (callable(found) and hasattr(found, "__code__")):
+    function = hasattr(found, "__code__") or hasattr(found, "__wrapped__") or isinstance(found, partial)
+    if isinstance(found, type) or (callable(found) and function):
         made: Callable[[], Any] = found
+        if missing := _required(made):
+            raise ArgumentError(
+                f"the {role} {spec} needs the argument {missing!r}, but is called without any: name a function that "
+                "supplies it, or give it a default."
+            )
         with user_code(f"the {role} {spec}"):
             return made()
     return found
+
+
+def _required(function: Callable[..., Any]) -> str:
+    """Name of the first argument that a call must supply, or an empty text."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C, or a class of metaclasses
+        return ""
+    fixed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return next((p.name for p in parameters if p.default is p.empty and p.kind not in fixed), "")
 
 
 def near(name: str, known: Iterable[str]) -> str:

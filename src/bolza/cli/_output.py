@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ import typer
 if TYPE_CHECKING:
     from bolza.report import Document
 
-__all__ = ["Html", "Json", "Outputs", "Png"]
+__all__ = ["PATIENCE", "Html", "Json", "Outputs", "Png"]
+
+PATIENCE = 3
+"""How many times Ctrl-C is only noted while a report is written; the next one gives the report up."""
 
 _PANEL = "Reports"
 Html = Annotated[
@@ -36,16 +40,19 @@ class Outputs:
         html: page with figures, or None.
         json: numbers, or None.
         png: the first figure, or None.
+        checkpoint: a file that the verb itself writes, which no report may overwrite; or None.
 
     Raises:
-        ReportError: one of them cannot be written.
+        ReportError: one of them cannot be written, or two are one file.
     """
 
     html: Path | None = None
     json: Path | None = None
     png: Path | None = None
+    checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
+        self._check_distinct()
         if self.html or self.json or self.png:
             from bolza.report import check_writable
 
@@ -66,8 +73,11 @@ class Outputs:
         from bolza.ops.errors import ReportError
         from bolza.report import to_html, to_json, to_png, to_terminal, write_atomic
 
-        to_terminal(document)
-        failed: list[ReportError] = []
+        failed: list[Exception] = []
+        try:
+            to_terminal(document)
+        except OSError as error:  # a full disk behind a redirection, or a reader that has left
+            failed.append(error)
         for path, write in (
             (self.html, lambda p: to_html(document, p)),
             (self.json, lambda p: to_json(record, p)),
@@ -78,7 +88,28 @@ class Outputs:
             try:
                 write(path)
                 typer.echo(f" wrote {path}")
-            except ReportError as error:
+            except Exception as error:  # whatever it is, the other files are still written
                 failed.append(error)
         if failed:
-            raise failed[0]
+            first = next((error for error in failed if isinstance(error, ReportError)), failed[0])
+            if isinstance(first, ReportError) or not isinstance(first, OSError):
+                raise first
+            if first.errno != errno.EPIPE:
+                raise ReportError(
+                    f"the standard output cannot be written ({first.strerror}); redirect it to another place."
+                ) from first
+            raise first
+
+    def _check_distinct(self) -> None:
+        seen: dict[Path, str] = {}
+        for name in ("html", "json", "png", "checkpoint"):
+            path: Path | None = getattr(self, name)
+            if path is None or (path.exists() and not path.is_file()):  # a device or a pipe takes several
+                continue
+            if other := seen.get(path.resolve()):
+                from bolza.ops.errors import ReportError
+
+                raise ReportError(
+                    f"--{other} and --{name} are both {str(path)!r}: give each a file of its own."
+                )
+            seen[path.resolve()] = name

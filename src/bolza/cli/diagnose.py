@@ -10,10 +10,12 @@ import typer
 
 from bolza.cli import _inputs
 from bolza.cli._errors import INTERRUPTED, say
-from bolza.cli._output import Html, Json, Outputs
+from bolza.cli._output import PATIENCE, Html, Json, Outputs
+from bolza.ops.errors import UserCodeError
 
 if TYPE_CHECKING:
     from bolza.diagnosis import Progress
+    from bolza.training import InterruptGuard
 
 __all__ = ["diagnose"]
 
@@ -111,36 +113,42 @@ def diagnose(
     bolza diagnose my_net:make --data my_data:load --train --html report.html
     """  # noqa: D301  # \b is a real backspace: it keeps the lines of the examples
     outputs = Outputs(html=html, json=json)
-    import torch
-
     import bolza
+    from bolza.training import InterruptGuard
 
     place = _inputs.device(device)
     dataset = _inputs.dataset(data or ("text" if model == "gpt" else "digits"))
-    torch.manual_seed(seed)
+    _inputs.seeded(seed)
     network = _inputs.network(model or "mlp", dataset, depth, width, activation)
-    with _progress() as progress:
-        diagnosis = bolza.diagnose(
-            network,
-            dataset,
-            train=train,
-            samples=samples,
-            seed=seed,
-            lr=lr,
-            batch_size=batch,
-            steps=steps,
-            device=place,
-            progress=progress,
-        )
-    outputs.deliver(diagnosis.document(), diagnosis.to_dict())
+    with InterruptGuard(patience=0) as guard:
+        with _progress(guard) as progress:
+            diagnosis = bolza.diagnose(
+                network,
+                dataset,
+                train=train,
+                samples=samples,
+                seed=seed,
+                lr=lr,
+                batch_size=batch,
+                steps=steps,
+                device=place,
+                progress=progress,
+            )
+        guard.patience = PATIENCE
+        outputs.deliver(diagnosis.document(), diagnosis.to_dict())
+    if "training.unavailable" in diagnosis:
+        raise UserCodeError(diagnosis["training.unavailable"].text)
     if diagnosis.training and any(trial.status == "interrupted" for trial in diagnosis.training.values()):
         say("Ctrl-C in training: everything that was computed until then is in the report.", label="stopped")
         raise typer.Exit(INTERRUPTED)
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
-    """A line per stage and a bar per run of the trial, on stderr; nothing of it stays where nobody watches."""
+def _progress(guard: InterruptGuard) -> Iterator[Progress]:
+    """A line per stage and a bar per run of the trial, on stderr; nothing of it stays where nobody watches.
+
+    From the first step of training on, there is something to lose: then ``guard`` only takes note of Ctrl-C.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -157,6 +165,8 @@ def _progress() -> Iterator[Progress]:
         tasks: dict[str, Any] = {}
 
         def tell(stage: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
+            if total:
+                guard.patience = PATIENCE
             if stage not in tasks:
                 for other in tasks.values():
                     bars.update(other, total=1, completed=1)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bolza.cli._errors import INTERRUPTED, say, user_code
-from bolza.cli._output import Html, Json, Outputs
+from bolza.cli._output import PATIENCE, Html, Json, Outputs
+from bolza.ops.errors import CheckpointError
 
 if TYPE_CHECKING:
     from bolza.report import Document
@@ -139,44 +140,27 @@ def train(
     bolza train --model resnet --data digits_images --optimizer adamw
     bolza train --model my_net:make --data my_data:load --checkpoint run.ckpt
     """
-    outputs = Outputs(html=html, json=json)
+    outputs = Outputs(html=html, json=json, checkpoint=checkpoint)
     if init not in ("default", "critical"):
         from bolza.ops.errors import ArgumentError
 
         raise ArgumentError(f"--init {init!r} is unknown: choose default or critical.")
-    import torch
-
     from bolza import training
     from bolza.cli import _inputs as inputs
 
     place = inputs.device(device)
     dataset = inputs.dataset(data)
-    torch.manual_seed(seed)
+    inputs.seeded(seed)
     network = inputs.network(model, dataset, depth, width, activation)
     if init == "critical" and not resume:  # a resumed run takes its weights from the file
         from bolza.meanfield import critical_init_
 
         critical_init_(network, example=dataset.train_x[:32])
-    with _progress() as tell:
-        run = training.train(
-            network,
-            dataset,
-            loss=_own(loss, "loss"),
-            optimizer=_own(optimizer, "optimizer"),
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            batch_size=batch,
-            steps=steps,
-            epochs=epochs,
-            controller=_controller(controller),
-            checkpoint=checkpoint,
-            resume=resume,
-            seed=seed,
-            progress=tell,
-            device=place,
-            clip=clip,
-        )
+    own_loss, own_optimizer, own_controller = (
+        _own(loss, "loss"),
+        _own(optimizer, "optimizer"),
+        _controller(controller),
+    )
     settings = {
         "model": model,
         "data": data,
@@ -184,11 +168,37 @@ def train(
         "controller": controller or "constant",
         "seed": seed,
     }
-    outputs.deliver(_document(run, settings), {"schema": "bolza.train/1", **settings, "run": run.to_dict()})
+    with training.InterruptGuard(
+        patience=PATIENCE
+    ):  # the second Ctrl-C of a quick pair must not lose the report
+        with _progress() as tell:
+            run = training.train(
+                network,
+                dataset,
+                loss=own_loss,
+                optimizer=own_optimizer,
+                lr=lr,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                batch_size=batch,
+                steps=steps,
+                epochs=epochs,
+                controller=own_controller,
+                checkpoint=checkpoint,
+                resume=resume,
+                seed=seed,
+                progress=tell,
+                device=place,
+                clip=clip,
+            )
+        record = {"schema": "bolza.train/1", **settings, "run": run.to_dict()}
+        outputs.deliver(_document(run, settings), record)
     _end(run, checkpoint)
 
 
 def _end(run: Run, checkpoint: Path | None) -> None:
+    if run.unsaved:
+        raise CheckpointError(f"the run {run.status} after {run.step} steps, but {run.unsaved}")
     if run.status == "interrupted":
         kept = (
             f"the state is in {checkpoint}, go on with the same command and --resume."

@@ -92,7 +92,8 @@ class PolicyScheduler:
         seen = {key: value for key, value in first.items() if key != "params"}
         for name in getattr(self.policy, "observes", ()):
             seen[name] = MEASUREMENTS[name](self.optimizer)
-        self.state, action = self.policy.update(self.state, seen | observation)
+        given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in observation.items()}
+        self.state, action = self.policy.update(self.state, seen | given)
         for key, value in action.items():
             if key not in first:
                 raise ArgumentError(

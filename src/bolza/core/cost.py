@@ -159,7 +159,7 @@ def adjoint(system: System, cost: Cost, trajectory: Trajectory, *, create_graph:
         without a derivative (integers, masks) have the costate ``None``.
 
     Raises:
-        ShapeError: the terminal cost is not a scalar.
+        ShapeError: the terminal cost is not a scalar, or the trajectory is not one of a rollout.
 
     Reference: Liu & Theodorou (2019), arXiv:1908.10920, §II; back-propagation as the adjoint: LeCun (1988).
 
@@ -171,9 +171,15 @@ def adjoint(system: System, cost: Cost, trajectory: Trajectory, *, create_graph:
         >>> adjoint(system, CallableCost(terminal=lambda x: x.sum()), run).costates
         (tensor([4.]), tensor([2.]), tensor([1.]))
     """
+    if len(trajectory.states) != trajectory.horizon + 1:
+        raise ShapeError(
+            f"the trajectory has {len(trajectory.states)} states for {trajectory.horizon} controls: there must "
+            "be one state more than controls, as rollout returns them"
+        )
 
     def attach(leaf: Tensor) -> Tensor:
         # a fresh node each time: derivatives are partial, even where two steps share a control
+        leaf = leaf.clone() if leaf.is_inference() else leaf
         if create_graph:
             return leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_()
         return leaf.detach().requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from bolza.diagnosis import trial as trials
 from bolza.diagnosis.problem import Loss, Problem, prepare
 from bolza.diagnosis.record import Diagnosis, Finding, Trial
 from bolza.ops.errors import ArgumentError, BolzaError
+from bolza.training.checks import check_seed
 
 __all__ = ["Progress", "diagnose"]
 
@@ -77,7 +79,7 @@ def diagnose(
         ArgumentError: an argument makes no sense, or the loss depends on no parameter.
         DataError: the data is empty, has one sample, is not finite, or has labels out of range.
         ShapeError: the loss is not a scalar, or outputs and targets do not fit.
-        UnsupportedError: half precision on a CPU.
+        UnsupportedError: half precision on a CPU, or a model that cannot be copied or holds no values.
         UserCodeError: the model, its factory or the loss raised.
 
     Reference: Liu & Theodorou (2019), *Deep learning theory review: an optimal control and dynamical systems
@@ -91,13 +93,17 @@ def diagnose(
         ('ordered', 'bad')
     """
     for name, value in (("lr", lr), ("batch_size", batch_size), ("steps", steps)):
-        if value is not None and not value > 0:
-            raise ArgumentError(f"{name}={value} must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise ArgumentError(f"{name}={value} must be positive and finite")
     tell = progress or _silent
     tell("reading model and data", 0, 0, {})
-    problem = prepare(
-        model, data, loss, samples=samples, seed=seed, device=device, test_fraction=0.2 if train else 0.0
-    )
+    check_seed(seed)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # a forward pass may draw, and lazy layers make their weights in one
+        problem = prepare(
+            model, data, loss, samples=samples, seed=seed, device=device, test_fraction=0.2 if train else 0.0
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _answer(problem, tell, train, lr, batch_size, steps, treat)
@@ -142,10 +148,12 @@ def _answer(
         if treated is not None:
             example = problem.x[: remedy.EXAMPLE]
             treatment = partial(remedy.treat_, setting=remedy.SETTING, example=example, seed=problem.seed)
-        training = trials.run_trials(
+        training, failure = trials.run_trials(
             problem, prescription, treatment, lr=own_lr, steps=steps or trials.STEPS, progress=tell
         )
         found += trials.findings(training, problem.dataset)
+        if failure:
+            found.append(Finding("training.unavailable", "not trained", None, None, "warn", failure))
     phases = [None if f.propagation is None else f.propagation.phase for f in (facts, after)]
     diagram = _ask("propagation", lambda: signals.phase_diagram(phases), found)
     found.sort(key=lambda f: _ORDER.index(f.question))
@@ -155,7 +163,7 @@ def _answer(
         _plain(asdict(facts) | {"phase_diagram": diagram}),
         _plain(asdict(after)) if treated is not None else {},
         prescription,
-        training,
+        training or None,
     )
 
 
@@ -184,8 +192,10 @@ def _ask(question: str, answer: Callable[[], T], found: list[Finding]) -> T | No
     """An answer, or a finding that says why there is none: one question that fails does not lose the others."""
     try:
         return answer()
-    except (BolzaError, RuntimeError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # code of the user's runs in here, and may raise anything
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        if not isinstance(error, BolzaError | RuntimeError):
+            first = f"{type(error).__name__}: {first}"
         found.append(Finding(f"{question}.unavailable", "not measured", None, None, "warn", first))
         return None
 

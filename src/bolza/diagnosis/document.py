@@ -7,6 +7,7 @@ from typing import Any
 
 from bolza.diagnosis import figures
 from bolza.diagnosis.record import Diagnosis, Finding
+from bolza.diagnosis.trial import did_not_help
 from bolza.report import (
     Cell,
     Document,
@@ -51,7 +52,7 @@ def document(d: Diagnosis) -> Document:
         ],
         "landscape": [figures.spectra(facts, treated)],
         "noise": [figures.noise(facts.get("noise") or {}, treated.get("noise"))],
-        "training": [figures.training(d.training)] if d.training else [],
+        "training": [figures.training(d.training), figures.course(d.training)] if d.training else [],
     }
     parts: list[Part] = [Tiles(_tiles(d))]
     for question, title in _TITLES.items():
@@ -110,10 +111,14 @@ def summary(d: Diagnosis) -> str:
                 f"In {t['after'].steps} steps test accuracy is {percent(a['test_accuracy'])} before and "
                 f"{percent(b['test_accuracy'])} after."
             )
+        elif a.get("test_r2") is not None and b.get("test_r2") is not None:
+            out.append(f"R² on test data is {number(a['test_r2'])} before and {number(b['test_r2'])} after.")
         else:
             out.append(
                 f"Test loss is {number(a.get('test_loss'))} before and {number(b.get('test_loss'))} after."
             )
+        if did_not_help(t):
+            out.append("The prescription did not help here: keep your own setting.")
     elif t:
         out.append("The trial was interrupted; what was computed is below.")
     return " ".join(out)

@@ -284,10 +284,11 @@ def training(trials: Mapping[str, Any]) -> Figure | None:
             axes.set_xlabel("step")
         fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
+    known = [v for _, trial in shown for v in trial.curves.get(metric, []) if _finite(v)]
+    limits = (0.0, 1.0) if metric == "test_accuracy" or not known else (min(known), max(known))
+
     def line(trial: Any) -> str:
-        return sparkline(
-            trial.curves.get(metric, []), limits=(0.0, 1.0) if metric == "test_accuracy" else None
-        )
+        return sparkline(trial.curves.get(metric, []), limits=limits)
 
     ends = "; ".join(f"{trial.label}: {_word(trial.metrics.get(metric))}" for _, trial in shown)
     first, last = (
@@ -303,6 +304,64 @@ def training(trials: Mapping[str, Any]) -> Figure | None:
         sketch=f"before       {line(first)}\nafter        {line(last)}",
         key="training",
     )
+
+
+def course(trials: Mapping[str, Any]) -> Figure | None:
+    """Maximum principle, signal to noise and Gram matrix along the runs before and after."""
+    styles = {"before": _BEFORE, "after": _AFTER}
+    shown = [
+        (key, trials[key]) for key in styles if key in trials and len(trials[key].course.get("step", [])) > 1
+    ]
+    candidates = (
+        ("stationarity", "Distance from stationarity", "‖∂H/∂u‖ over all stages"),
+        ("signal_to_noise", "Drift (above 1) or diffusion", "B |g|² / tr Σ of a batch"),
+        ("gram_condition", "Spread of the rates of fitting", "condition of the Gram matrix"),
+    )
+    panels = [p for p in candidates if any(any(_finite(v) for v in t.course[p[0]]) for _, t in shown)]
+    if not shown or not panels:
+        return None
+
+    def draw(fig: Any) -> None:
+        all_axes = fig.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (name, title, label) in zip(all_axes, panels, strict=True):
+            seen: list[float] = []
+            for key, trial in shown:
+                pairs = zip(trial.course["step"], trial.course[name], strict=True)
+                points = [(step, value) for step, value in pairs if _finite(value) and value > 0]
+                if points:
+                    axes.plot(*zip(*points, strict=True), label=trial.label, **styles[key])
+                    seen += [value for _, value in points]
+            if name == "signal_to_noise":
+                axes.axhline(1.0, color=role("muted"), linewidth=1)
+            _log_if_wide(axes, seen)
+            axes.set_title(title)
+            axes.set_ylabel(label)
+            axes.set_xlabel("step")
+        handles, labels = max(
+            (axes.get_legend_handles_labels() for axes in all_axes), key=lambda h: len(h[0])
+        )
+        fig.legend(handles, labels, loc="outside lower center", ncols=2)
+
+    spoken = []
+    for _, trial in shown:
+        for name, _, label in panels:
+            known = [v for v in trial.course[name] if _finite(v)]
+            if known:
+                spoken.append(f"{trial.label}, {label}: {_word(known[0])} to {_word(known[-1])}")
+    return Figure(
+        "What the runs did",
+        draw,
+        "Read on one fixed batch at five steps of each run. By Pontryagin's principle ∂H/∂u vanishes at an optimum; "
+        "where noise outweighs signal, more samples a step or a smaller rate help; the wider the spread, the later "
+        "the last samples are fitted.",
+        alt=f"{'; '.join(spoken)}.",
+        size=(9.2, 3.5),
+        key="course",
+    )
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _runs(facts: Facts, treated: Facts | None) -> list[tuple[str, Sequence[Facts], dict[str, Any]]]:

@@ -156,6 +156,8 @@ def _learning_rate(landscape: Landscape | None, noise: Noise | None, batch: int,
     rate = _two_figures((1 - MOMENTUM) / landscape.sharpness * factor)
     which = "treated network" if treated else "network"
     why = f"times {number(factor, 2)} because gradients of {batch} samples are that noisy"
+    if critical is None:
+        why = f"times {number(factor, 2)} for noise that could not be told from this batch"
     return Remedy(
         rate,
         f"For SGD with momentum {MOMENTUM}. The largest curvature of the {which} is "
@@ -168,8 +170,11 @@ def _learning_rate(landscape: Landscape | None, noise: Noise | None, batch: int,
 
 
 def _critical(noise: Noise | None) -> float | None:
-    known = noise is not None and math.isfinite(noise.critical_batch) and noise.critical_batch > 0
-    return noise.critical_batch if noise is not None and known else None
+    """The critical batch size, if it is known better than to its own size."""
+    if noise is None or not (math.isfinite(noise.critical_batch) and noise.critical_batch > 0):
+        return None
+    error = noise.critical_batch_error
+    return noise.critical_batch if error is not None and error < noise.critical_batch else None
 
 
 def _batch(problem: Problem, noise: Noise | None) -> Remedy:

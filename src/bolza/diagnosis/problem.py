@@ -18,6 +18,7 @@ from bolza.data import Dataset, load
 from bolza.ops.errors import ArgumentError, BolzaError, DataError, ShapeError, UnsupportedError, UserCodeError
 from bolza.ops.replay import differentiable_kernels, frozen_statistics
 from bolza.training import default_loss
+from bolza.training.checks import usable_device
 
 __all__ = ["Loss", "Problem", "prepare"]
 
@@ -95,7 +96,8 @@ def prepare(
 
     Args:
         model: network, or a function of no arguments that makes one.
-        data: whatever `bolza.data.load` reads: a name, a Dataset, a pair ``(x, y)``, a loader.
+        data: whatever `bolza.data.load` reads: a name, a Dataset, a pair ``(x, y)``, a loader; real numbers are
+            converted to the dtype of the model.
         loss: ``loss(output, target)``; by default the one that suits the targets.
         samples: how many samples to measure on.
         seed: chooses them.
@@ -108,7 +110,7 @@ def prepare(
     Raises:
         ArgumentError: an argument is of the wrong kind, or the loss is not a scalar.
         DataError: the data is empty, has a single sample, is not finite, or has labels out of range.
-        UnsupportedError: half precision on a CPU.
+        UnsupportedError: half precision on a CPU, or a model that cannot be copied or holds no values.
         UserCodeError: the model or the loss raised.
     """
     if not isinstance(model, nn.Module):
@@ -122,17 +124,22 @@ def prepare(
             f"samples={samples} is too few: covariances need at least 2, error bars 32 or more"
         )
     dataset = _dataset(data, test_fraction, seed)
-    x, y = _sample(dataset, samples, seed)
-    twin = copy.deepcopy(model)
+    twin = _copied(model)
     twin.zero_grad(set_to_none=True)
     first = next(iter(twin.parameters()), None)
     if first is None:
         raise ArgumentError(f"model {type(model).__name__} has no parameters: there is nothing to examine")
-    place = torch.device(device) if device is not None else first.device
-    _check_precision(twin, x, place)
+    place = usable_device(device) if device is not None else first.device
+    _check_precision(twin, dataset.train_x, place)
+    kinds = {p.dtype for p in twin.parameters() if p.is_floating_point()}
+    if len(kinds) == 1:
+        dataset = dataset.to(dtype=kinds.pop())
+    x, y = _sample(dataset, samples, seed)
     twin.to(place)
-    pristine = copy.deepcopy(twin)
     x, y = x.to(place), y.to(place)
+    if any(isinstance(p, nn.UninitializedParameter) for p in twin.parameters()):
+        _first_call(twin, x)  # lazy layers get their weights here, the same for every later copy
+    pristine = copy.deepcopy(twin)
     measuring_mode_(twin)
     frozen = tuple(name for name, p in twin.named_parameters() if not p.requires_grad)
     if len(frozen) == len(list(twin.parameters())):
@@ -197,6 +204,17 @@ def _made_by(factory: Callable[[], Any]) -> nn.Module:
     return made
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UnsupportedError(
+            f"model {type(model).__name__} cannot be copied ({_first_line(error).rstrip('.')}), and it is measured on "
+            "a copy so that it stays as it is: do not keep locks, files or computed tensors in its attributes, or "
+            "define __deepcopy__"
+        ) from error
+
+
 def _dataset(data: Any, test_fraction: float, seed: int) -> Dataset:
     with torch.random.fork_rng(devices=[]):  # a shuffling loader draws from the global generator
         torch.manual_seed(seed)
@@ -214,6 +232,11 @@ def _sample(dataset: Dataset, samples: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def _check_precision(model: nn.Module, x: Tensor, device: torch.device) -> None:
     for name, p in model.named_parameters():
+        if p.is_meta:
+            raise UnsupportedError(
+                f"parameter {name!r} is on the meta device, where tensors hold no values: make the model outside "
+                "torch.device('meta')"
+            )
         if p.dtype == torch.float16 and device.type == "cpu":
             raise UnsupportedError(
                 f"parameter {name!r} is float16 on a CPU, where curvature and gradients cannot be trusted: "
@@ -223,10 +246,6 @@ def _check_precision(model: nn.Module, x: Tensor, device: torch.device) -> None:
         raise UnsupportedError(
             "the inputs are float16 on a CPU: convert them with x.float(), or move to a GPU"
         )
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if x.is_floating_point() and len(kinds) == 1 and x.dtype not in kinds:
-        kind = kinds.pop()
-        raise DataError(f"the inputs are {x.dtype}, but the model is {kind}: convert one with .to(...)")
 
 
 def _first_pass(
@@ -234,13 +253,7 @@ def _first_pass(
 ) -> tuple[float, tuple[str, ...]]:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     with torch.enable_grad(), frozen_statistics(model), differentiable_kernels():
-        try:
-            output = model(x)
-        except Exception as error:
-            raise UserCodeError(
-                f"the model {type(model).__name__} raised {type(error).__name__} on inputs of shape {tuple(x.shape)}: "
-                f"{_first_line(error)}; give data of the shape that its forward expects"
-            ) from error
+        output = _first_call(model, x)
         if dataset is not None:
             dataset.check_outputs(output, y)
         try:
@@ -253,14 +266,14 @@ def _first_pass(
                 f"the loss raised {type(error).__name__} for outputs {shape} and targets {tuple(y.shape)}: "
                 f"{_first_line(error)}; give loss= a function of (output, target)"
             ) from error
-        if not isinstance(value, Tensor) or value.ndim != 0:
+        if not isinstance(value, Tensor) or value.ndim != 0 or value.is_complex():
             what = (
-                f"a tensor of shape {tuple(value.shape)}"
+                f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
                 if isinstance(value, Tensor)
                 else f"a {type(value).__name__}"
             )
             raise ShapeError(
-                f"the loss returned {what}: it must be a scalar, such as the mean over the samples"
+                f"the loss returned {what}: it must be a real scalar, such as the mean over the samples"
             )
         if not torch.isfinite(value):
             raise DataError(
@@ -273,7 +286,27 @@ def _first_pass(
             )
         gradients = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
     idle = tuple(name for (name, _), g in zip(named, gradients, strict=True) if g is None)
+    if len(idle) == len(named):
+        raise ArgumentError(
+            f"the loss depends on no parameter, not even on {idle[0]!r}: compute it from the outputs of the model"
+        )
     return float(value.detach()), idle
+
+
+def _first_call(model: nn.Module, x: Tensor) -> Any:
+    try:
+        return model(x)
+    except Exception as error:
+        raise UserCodeError(
+            f"the model {type(model).__name__} raised {type(error).__name__} on inputs of shape {tuple(x.shape)}: "
+            f"{_first_line(error)}; {_conversion(x, error)}"
+        ) from error
+
+
+def _conversion(x: Tensor, error: Exception) -> str:
+    if "dtype" in str(error) and not x.is_floating_point():
+        return f"convert the inputs, which are {str(x.dtype).removeprefix('torch.')}, with x.float()"
+    return "give data of the shape and type that its forward expects"
 
 
 def _first_line(error: Exception) -> str:

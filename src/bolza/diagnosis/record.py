@@ -118,6 +118,8 @@ class Trial:
         curves: ``step``, ``train_loss``, ``test_loss``, ``test_accuracy`` … lists of equal length.
         metrics: the last value of each test metric: ``test_loss`` and ``test_accuracy`` or ``test_r2``.
         treated: whether the prescribed initialisation was used.
+        course: what was read along the way, see `bolza.diagnosis.course`: ``step``, ``stationarity``,
+            ``signal_to_noise`` … lists of equal length.
     """
 
     label: str
@@ -129,6 +131,7 @@ class Trial:
     curves: Mapping[str, list[Any]]
     metrics: Mapping[str, float | None]
     treated: bool = False
+    course: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As a mapping, with the metrics on the first level."""

@@ -80,7 +80,7 @@ class Activation:
         q = _double(q)
         if self.closed:
             return self.closed.slope(q)
-        return expectation(lambda h: self.derivative(h) ** 2, q, self.kinks)
+        return expectation(lambda h: self.derivative(h) ** 2, self._off_kink(q), self.kinks)
 
     def second_rate(self, q: Tensor) -> Tensor:
         """d/dq E φ(h)² = E[h φ(h) φ'(h)]/q, which holds with kinks too (no second derivative)."""
@@ -113,7 +113,7 @@ class Activation:
         q_u, q_v, c = _double(q_u), _double(q_v), _double(c).clamp(-1, 1)
         if self.closed:
             return self.closed.cross_slope(q_u, q_v, c)
-        return _two_point(self.derivative, self.kinks, q_u, q_v, c, tol)
+        return _two_point(self.derivative, self.kinks, self._off_kink(q_u), self._off_kink(q_v), c, tol)
 
     def half_distance(self, q: Tensor, c: Tensor) -> Tensor:
         """E[(φ(u) - φ(v))²]/2 at equal variances: E φ² - E φφ, without cancellation as c → 1."""
@@ -126,6 +126,10 @@ class Activation:
         return pair_expectation(
             lambda u, v: (self.phi(u) - self.phi(v)) ** 2 / 2, q, q, c, self.kinks, self.kinks
         )
+
+    def _off_kink(self, q: Tensor) -> Tensor:
+        """With a kink at 0, q = 0 is a limit: both sides count, not the derivative that autograd gives there."""
+        return q.clamp_min(1e-28) if 0.0 in self.kinks else q
 
     def _jumps(self, f: Elementwise) -> bool:
         at = torch.tensor(self.kinks, dtype=torch.float64)

@@ -152,6 +152,9 @@ def fixed_point(
 
 def _inputs(*values: Tensor | float) -> tuple[torch.Size, Tensor, Tensor, Tensor, Tensor]:
     names = ("weight_var", "bias_var", "keep_prob", "q0")
+    for name, given in zip(names, values, strict=True):
+        if isinstance(given, str) or given is None:
+            raise ArgumentError(f"{name} is {given!r}; give a number or a tensor.")
     tensors = [torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values]
     for name, value in zip(names, tensors, strict=True):
         bad = ~torch.isfinite(value) | (value < 0)

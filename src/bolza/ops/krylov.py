@@ -45,10 +45,11 @@ class EigenResult:
         eigenvalues: float64 tensor ``(k,)``.
         eigenvectors: orthonormal columns ``(n, k)``.
         residuals: ‖A uᵢ − λᵢ uᵢ‖; some eigenvalue lies this close to λᵢ, always.
-        errors: estimated error of λᵢ, min(rᵢ, rᵢ² / gap to the other Ritz values).
+        errors: estimated error of λᵢ: min(rᵢ, rᵢ² / gap to the other Ritz values), and rounding. Eigenvalues
+            closer to each other than rᵢ may not have been told apart yet; rᵢ holds for them too.
         products: number of products with A.
         iterations: number of times a block was multiplied.
-        converged: whether every error is at most the tolerance times |λᵢ|.
+        converged: whether every error is at most the tolerance times |λᵢ|, or λᵢ is zero to rounding.
     """
 
     eigenvalues: Tensor
@@ -91,7 +92,7 @@ def _orthonormal_block(
                 c = row @ column
                 r[i, j] += float(c)
                 column = column - c * row
-        norm = float(column.norm())
+        norm = float(_norm(column))
         if norm > floor:
             r[j, j] = norm
             unit = column / norm
@@ -108,6 +109,12 @@ def _orthonormal_block(
         fresh, _ = _orthogonalise(fresh / fresh.norm(), used)
         rows.append(fresh[:, 0] / fresh.norm())
     return (torch.stack(rows) if rows else w.new_zeros(0, op.size)), r[: len(rows)]
+
+
+def _norm(w: Tensor, **keywords: int) -> Tensor:
+    """Euclidean norm; in float64, because squares of float32 leave its range early."""
+    norm: Tensor = torch.linalg.vector_norm(w, dtype=torch.float64, **keywords)
+    return norm
 
 
 def _errors(theta: Tensor, residuals: Tensor) -> Tensor:
@@ -199,7 +206,7 @@ def top_eigenpairs(
             rows = torch.cat([rows, torch.empty_like(rows)])
         rows[old:m] = pending
         basis = rows[:m]
-        scale = max(scale, float(w.norm(dim=0).max()))
+        scale = max(scale, float(_norm(w, dim=0).max()))
         w, h = _orthogonalise(w, basis)
         h = h.double().cpu()
         projected = torch.cat([torch.cat([projected, h[:old].T]), h], 1)
@@ -214,11 +221,11 @@ def top_eigenpairs(
         theta, s = theta[order], s[:, order]
         # A (V s) − θ (V s) = Qᵀ R (last rows of s): its norm is the residual, at no further product
         residuals = (r @ s[-width:]).norm(dim=0) + eps * scale
-        errors = _errors(theta, residuals)
+        errors = _errors(theta, residuals) + eps * scale
+        rounding = 30 * eps * scale
+        allowed = torch.where(theta.abs() <= rounding, rounding, tol * theta.abs())
         # one more Ritz value than wanted, so that there is a gap to judge by
-        converged = m >= min(n, k + 1) and bool(
-            (errors[:k] <= tol * theta[:k].abs().clamp_min(10 * eps * scale)).all()
-        )
+        converged = m >= min(n, k + 1) and bool((errors[:k] <= allowed[:k]).all())
         if converged or pending.shape[0] == 0 or products + pending.shape[0] > max_products:
             break
         if m + pending.shape[0] > limit:
@@ -345,10 +352,10 @@ def spectral_density(
         for step in range(steps):
             w = op @ rows[step]
             products += 1
-            scale = max(scale, float(w.norm()))
+            scale = max(scale, float(_norm(w)))
             w, h = _orthogonalise(w[:, None], rows[: step + 1])
             diagonal.append(float(h[step, 0]))
-            norm = float(w.norm())
+            norm = float(_norm(w))
             if step + 1 == steps or norm <= 10 * eps * scale:
                 break
             off.append(norm)

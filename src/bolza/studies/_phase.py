@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bolza.meanfield import critical_weight_var, fixed_point, resolve_activation
+from bolza.meanfield.phase import TRAINABLE_DEPTH_SCALES
 from bolza.ops.errors import ArgumentError
 from bolza.report import Cell, Document, Figure, Table, Text, Tile, Tiles, number, role
 
@@ -201,7 +202,7 @@ def phase_document(
 
 _READING = (
     "The weights of a layer have variance σ_w²/fan-in and its biases σ_b². Initialise on the critical line to train "
-    "deep networks; away from it, keep the depth below about 4 ξ_c."
+    f"deep networks; away from it, keep the depth below about {TRAINABLE_DEPTH_SCALES:g} ξ_c."
 )
 
 
@@ -217,7 +218,11 @@ def _here(act: Any, here: tuple[float, float]) -> tuple[Tiles, dict[str, Any]]:
         [
             Tile("you are here", regime, _MEANING[regime], _TONES[regime]),
             Tile("χ₁", number(float(p.chi_1), 4), "factor on the gradient's variance per layer"),
-            Tile("ξ_c", f"{number(float(p.xi_c), 4)} layers", "keep the depth below about four of these"),
+            Tile(
+                "ξ_c",
+                f"{number(float(p.xi_c), 4)} layers",
+                f"keep the depth below about {TRAINABLE_DEPTH_SCALES:g} of these",
+            ),
         ]
     ), record
 

@@ -24,7 +24,7 @@ def export_graph(module: nn.Module, args: tuple[Any, ...]) -> GraphModule:
     """Return the graph of ``module(*args)`` in ATen operators, with values and roles in its nodes.
 
     All sizes are free where the network allows it, else only the first one, else none. Updates of
-    buffers are left out.
+    buffers are left out, and ``meta["updates"]`` of the answer says whether there were any.
     """
     from torch.export import export  # half a second to import, and seldom needed
 
@@ -75,10 +75,13 @@ def _drop_updates(graph_module: GraphModule) -> None:
     graph = graph_module.graph
     for node in graph.nodes:
         if node.target in (_aten.batch_norm.default, _aten.instance_norm.default) and node.args[5]:
+            if node.args[3] is not None:
+                graph_module.meta["updates"] = True
             node.args = (*node.args[:3], None, None, *node.args[5:])  # batch statistics; no running averages
     for node in reversed(graph.nodes):
         if not node.users and _is_mutable(node) and node.args and _is_buffer(node.args[0]):
             graph.erase_node(node)
+            graph_module.meta["updates"] = True
     graph.eliminate_dead_code()
     graph_module.recompile()
 

@@ -49,7 +49,8 @@ class Recorder:
 
     The states share memory with the network's activations; that none was overwritten is checked when
     they are asked for. Costates are those of the cost that ``backward`` was called on. Where there is
-    no gradient (integer inputs; inputs that do not require one) the costate is ``None``.
+    no gradient (integer inputs; inputs that do not require one) the costate is ``None``, and where the
+    cost does not depend on a state, zero.
 
     Args:
         model: a network, or the system made of it.
@@ -64,6 +65,7 @@ class Recorder:
 
     Raises:
         TraceError: the network cannot be read as stages.
+        UnsupportedError: recording would keep running statistics from being updated.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
@@ -111,7 +113,11 @@ class Recorder:
         self._handles: list[Any] = []
         self._patched: list[Patched] = []
         self._attach(optimizer)
-        self._layout(system)
+        try:
+            self._layout(system)
+        except Exception:
+            self.close()
+            raise
 
     # -- what a user asks
 
@@ -249,6 +255,12 @@ class Recorder:
                             handle.remove()
                     else:
                         self._handles += handles
+            if layout.routed and system.traced.kind == "export" and _updates_buffers(system):
+                raise UnsupportedError(
+                    f"{type(self.module).__name__} cannot be recorded in training mode: its forward would run "
+                    "an exported graph, which leaves running statistics as they are; put the part that the "
+                    "symbolic trace cannot read into a sub-module of its own"
+                )
             self._layouts[key] = layout
             if layout.routed and not any(p.name == "forward" for p in self._patched):
                 self._patched.append(Patched(self.module, "forward", self._route))
@@ -346,6 +358,13 @@ class _Paused:
 
     def __exit__(self, *exc: object) -> None:
         self.recorder._off -= 1
+
+
+def _updates_buffers(system: ModuleSystem) -> bool:
+    """Whether a network, in its mode, keeps running statistics that its exported graph does not."""
+    return bool(system.traced.graph_module.meta.get("updates")) or any(
+        part.training and getattr(part, "track_running_stats", False) for part in system.module.modules()
+    )
 
 
 def _argument_names(module: nn.Module, count: int) -> tuple[str, ...]:

@@ -23,10 +23,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree
 
-from bolza.core.errors import ArgumentError, ShapeError, TraceError, UserCodeError
+from bolza.core.errors import ArgumentError, ShapeError, TraceError
 from bolza.ops.replay import frozen_statistics
 from bolza.ops.trees import float_leaves
 from bolza.systems.exporter import export_graph
+from bolza.systems.patched import Patched
 from bolza.systems.replay import Replay, plain_kernels, restored_randomness
 from bolza.systems.roles import is_guard, require
 from bolza.systems.tracer import ExampleTracer, plain_checkpoints
@@ -83,16 +84,22 @@ class Traced:
     @property
     def result(self) -> Any:
         """What the network returns: a tree of nodes."""
-        return next(iter(reversed(self.graph.nodes))).args[0]
+        result = next(iter(reversed(self.graph.nodes))).args[0]
+        if self.kind == "fx":
+            return result
+        leaves: Any = result  # an exported graph returns them in a row, and has the tree beside it
+        codegen: Any = self.graph._codegen
+        return _pytree.tree_unflatten(leaves, codegen.pytree_info.out_spec)
 
     def accepts(self, *args: Any) -> bool:
         """Whether the graph holds for these arguments: the sizes that steer the control flow agree."""
-        given, known_leaves = _pytree.tree_leaves(args), _pytree.tree_leaves(self.example)
-        if [kind_of(leaf) for leaf in given] != [kind_of(leaf) for leaf in known_leaves]:
+        given, known = _pytree.tree_leaves(args), _pytree.tree_leaves(self.example)
+        if [kind_of(leaf) for leaf in given] != [kind_of(leaf) for leaf in known]:
             return False
-        shapes = [leaf.shape for leaf in _pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
-        known = [leaf.shape for leaf in _pytree.tree_leaves(self.example) if isinstance(leaf, Tensor)]
-        if shapes == known:
+        same = [
+            a.shape == b.shape if isinstance(a, Tensor) else a == b for a, b in zip(given, known, strict=True)
+        ]
+        if all(same):
             return True
         guards = [node for node in self.graph.nodes if is_guard(node)]
         needed = _with_ancestors(guards)
@@ -156,8 +163,7 @@ def trace(module: nn.Module, example: Any, *, check: bool = True) -> Traced:
 
     Raises:
         ArgumentError: ``module`` is not a module, or is a compiled one, or ``example`` holds no tensor.
-        TraceError: the network cannot be read; the message names the obstacle and the remedy.
-        UserCodeError: the network itself fails on the example.
+        TraceError: the network cannot be read, or fails on the example; the message says why and what to do.
 
     Example:
         >>> class Net(nn.Module):
@@ -301,6 +307,9 @@ def untouched(module: nn.Module, args: Any) -> Iterator[None]:
         (part, dict(part.__dict__), dict(part._parameters), dict(part._buffers), dict(part._modules))
         for part in module.modules()
     ]
+    for part, *_ in kept:
+        if type(part.__dict__.get("forward")) is Patched:  # a recorder's, which has no signature to export
+            del part.__dict__["forward"]
     outer = library_runs.set(True)
     python = random.getstate()
     numpy = sys.modules.get("numpy")
@@ -384,8 +393,8 @@ def _check_result(result: Any) -> None:
             )
 
 
-def _own_failure(module: nn.Module, error: Exception) -> UserCodeError:
-    return UserCodeError(
+def _own_failure(module: nn.Module, error: Exception) -> TraceError:
+    return TraceError(
         f"{type(module).__name__} itself fails on the example, with {_one_line(error)}: "
         "give a batch that it can be evaluated and differentiated on"
     )

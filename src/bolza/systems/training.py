@@ -242,7 +242,8 @@ class TrainingSystem:
             options: as for the constructor.
 
         Returns:
-            TrainingSystem; its first state is ``initial_state(dict(module.named_parameters()))``.
+            TrainingSystem; its first state is ``initial_state(dict(module.named_parameters()))``, or that of
+            those parameters alone that are to be trained: what is left out stays as it is.
 
         Example:
             >>> net, data = nn.Linear(2, 1), [(torch.ones(4, 2), torch.zeros(4, 1))] * 3

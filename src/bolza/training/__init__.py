@@ -7,6 +7,7 @@ from bolza.training.divergence import (
     first_nonfinite_state,
 )
 from bolza.training.ensemble import EnsembleRun, ensemble_parameters, train_ensemble
+from bolza.training.interrupt import InterruptGuard
 from bolza.training.loop import train
 from bolza.training.optimizers import default_loss, make_optimizer, optimizer_names
 from bolza.training.order import BatchOrder
@@ -15,6 +16,7 @@ from bolza.training.run import Run
 __all__ = [
     "BatchOrder",
     "EnsembleRun",
+    "InterruptGuard",
     "Run",
     "default_loss",
     "ensemble_parameters",

@@ -1,7 +1,7 @@
 """Trees of tensors and plain values in one safetensors file, written whole or not at all.
 
 Tensors are stored as tensors; the structure around them, with its numbers and strings, is JSON in the
-header of the same file. Nothing is pickled, so reading a file runs no code.
+header of the same file, with a checksum of all of it. Nothing is pickled, so reading a file runs no code.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import contextlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from bolza.core.errors import CheckpointError
 
-__all__ = ["check_writable", "load_tree", "save_tree"]
+__all__ = ["check_writable", "discard_partial", "load_tree", "save_tree"]
 
 _FORMAT = "bolza-tree-1"
 _KINDS = ("tensor", "dict", "tuple")
@@ -47,8 +49,9 @@ def save_tree(tree: Any, path: str | os.PathLike[str]) -> None:
         {'w': tensor([1., 1.]), 3: (0.1, None)}
     """
     tensors: dict[str, Tensor] = {}
-    structure = _encode(tree, "", tensors)
-    payload = save(tensors, metadata={"format": _FORMAT, "tree": json.dumps(structure)})
+    structure = json.dumps(_encode(tree, "", tensors))
+    header = {"format": _FORMAT, "tree": structure, "checksum": _checksum(structure, tensors)}
+    payload = save(tensors, metadata=header)
     target = Path(path)
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
@@ -64,7 +67,8 @@ def save_tree(tree: Any, path: str | os.PathLike[str]) -> None:
             raise
     except OSError as error:
         raise CheckpointError(
-            f"the checkpoint {str(target)!r} cannot be written: {error.strerror}"
+            f"the checkpoint {str(target)!r} cannot be written: {error.strerror or error}; make room there or "
+            "choose another folder"
         ) from error
     _sync_folder(target.parent)
 
@@ -101,9 +105,13 @@ def load_tree(path: str | os.PathLike[str]) -> Any:
     if header.get("format") != _FORMAT:
         raise CheckpointError(f"the file {str(path)!r} holds tensors, but is no checkpoint of this library")
     try:
+        if header["checksum"] != _checksum(header["tree"], tensors):
+            raise ValueError("its checksum does not match")
         return _decode(json.loads(header["tree"]), tensors)
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: {error}") from error
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the checkpoint {str(path)!r} is damaged ({error}): delete it to start anew"
+        ) from error
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -125,6 +133,24 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     os.unlink(temporary)
 
 
+def discard_partial(path: str | os.PathLike[str]) -> None:
+    """Remove what a program that was killed while it wrote this file has left beside it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, ".run.ckpt.x1.part").write_bytes(b"half")
+        ...     discard_partial(folder + "/run.ckpt")
+        ...     os.listdir(folder)
+        []
+    """
+    target = Path(path)
+    with contextlib.suppress(OSError):
+        for entry in target.parent.iterdir():
+            if entry.name.startswith(f".{target.name}.") and entry.suffix == ".part":
+                entry.unlink()
+
+
 def _sync_folder(folder: Path) -> None:
     """Make the renaming itself survive a power cut, where the system lets a folder be opened."""
     with contextlib.suppress(OSError):
@@ -133,6 +159,14 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _checksum(structure: str, tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 over the structure and the bytes of each tensor, names in order."""
+    value = zlib.crc32(structure.encode())
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
 
 
 def _encode(tree: Any, place: str, tensors: dict[str, Tensor]) -> Any:

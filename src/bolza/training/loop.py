@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -13,8 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bolza.core.errors import ArgumentError, BolzaError, CheckpointError, UserCodeError
-from bolza.training.checkpoint import check_writable, load_tree, save_tree
+from bolza.core.errors import ArgumentError, CheckpointError
+from bolza.training.checkpoint import check_writable, discard_partial, load_tree, save_tree
+from bolza.training.checks import (
+    at_least_one,
+    check_loss,
+    check_model,
+    check_seed,
+    count_steps,
+    make_controller,
+    usable_device,
+    user_call,
+)
 from bolza.training.divergence import (
     first_nonfinite_gradient,
     first_nonfinite_layer,
@@ -36,6 +48,7 @@ Progress = Callable[[int, int, Mapping[str, float]], object]
 _EVALUATION_BATCH = 2048
 _RECORDS = 20
 _CURVES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+_FORMS = ("foreach", "fused", "capturable")  # ways to compute one update, free to differ after a resume
 
 
 def train(
@@ -65,7 +78,8 @@ def train(
     The run repeats from its seed, stops cleanly on Ctrl-C after the step in progress, and, with a
     checkpoint, continues bit for bit: network, optimizer, controller, order of the data and random state.
     A loss or gradient that is not finite stops it *before* the update, so that the network keeps its
-    last good state.
+    last good state. A checkpoint that cannot be written after the start is a warning, tried again at the
+    next record and told in ``Run.unsaved``: the run goes on.
 
     Args:
         model: the network; left in the mode it came in.
@@ -99,7 +113,7 @@ def train(
         ArgumentError: a setting, the loss or a parameter is unusable, each by name.
         DataError: the labels do not fit the outputs of the model.
         CheckpointError: the file is there already, is damaged, belongs to another run or cannot be written.
-        UserCodeError: the model or the loss raised on the first batch.
+        UserCodeError: the model or the loss raised.
 
     Example:
         >>> from bolza.data import digits
@@ -108,23 +122,23 @@ def train(
         >>> run.status, run.final_test_accuracy > 0.9
         ('finished', True)
     """
-    if device is not None or dtype is not None:
-        model.to(device=device, dtype=dtype)
-    parameter = _check_model(model)
-    data = data.to(parameter.device, parameter.dtype)
-    order = BatchOrder(data.train_x, data.train_y, _at_least_one("batch_size", batch_size), seed)
-    if steps is not None and epochs is not None:
-        raise ArgumentError(f"steps={steps} and epochs={epochs} were both given: leave one out")
-    if steps is None:
-        steps = round((20 if epochs is None else epochs) * order.steps_per_epoch)
-    _at_least_one("steps", steps)
+    if not hasattr(data, "train_x"):
+        raise ArgumentError(f"data is a {type(data).__name__}: give bolza.data.load(...) of it")
+    check_seed(seed)
+    place = None if device is None else usable_device(device)
+    if isinstance(model, nn.Module) and (place is not None or dtype is not None):
+        model.to(device=place, dtype=dtype)
+    parameter = check_model(model)
+    data = data.to(parameter.device, parameter.dtype.to_real())
+    order = BatchOrder(data.train_x, data.train_y, at_least_one("batch_size", batch_size), seed)
+    steps = count_steps(steps, epochs, order.steps_per_epoch)
     if clip is not None and not clip > 0:
         raise ArgumentError(f"clip={clip} must be positive: it is the largest norm of the gradient")
     options = {"lr": lr, "momentum": momentum or None, "weight_decay": weight_decay or None}
     made = make_optimizer(optimizer, model, **options)
-    every = _at_least_one("eval_every", eval_every) if eval_every is not None else max(1, steps // _RECORDS)
+    every = at_least_one("eval_every", eval_every) if eval_every is not None else max(1, steps // _RECORDS)
     loop = _Loop(
-        model, data, loss, made, _make_controller(controller, made, steps), order, every, clip, progress
+        model, data, loss, made, make_controller(controller, made, steps), order, every, clip, progress
     )
     loop.run.total_steps, loop.run.seed = steps, seed
     if checkpoint is not None:
@@ -139,7 +153,7 @@ def train(
         raise ArgumentError("resume=True needs the file to go on from: pass checkpoint=")
     devices = [parameter.device] if parameter.device.type == "cuda" else []
     mode = model.training
-    with torch.random.fork_rng(devices=devices), InterruptGuard() as guard:
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), InterruptGuard() as guard:
         torch.manual_seed(seed)
         try:
             if resume:
@@ -211,6 +225,7 @@ class _Loop:
         except _Diverged as failure:
             self.keep_last_good(failure)
             interrupted = False
+        guard.patience = sys.maxsize  # the end is short, and another Ctrl-C must not lose the curves
         run.seconds = before + time.perf_counter() - started
         if interrupted:
             run.status = "interrupted"
@@ -266,8 +281,9 @@ class _Loop:
         return value
 
     def _loss(self, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
-        outputs = self.model(x)
-        return outputs, self.loss(outputs, y)
+        step = self.run.step
+        outputs = user_call("the model", lambda: self.model(x), x, step)
+        return outputs, user_call("the loss", lambda: self.loss(outputs, y), x, step)
 
     def _control(self, value: float) -> None:
         if self.controller is None:
@@ -285,35 +301,12 @@ class _Loop:
     # ------------------------------------------------- what is checked once, on the first batch
 
     def _checked_loss(self, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
-        outputs = self._user("the model", lambda: self.model(x), x)
+        outputs = user_call("the model", lambda: self.model(x), x)
         if self.known_loss:
             self.data.check_outputs(outputs, y)
-        loss = self._user("the loss", lambda: self.loss(outputs, y), x)
-        if not isinstance(loss, Tensor) or loss.ndim > 0:
-            shape = (
-                f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
-            )
-            raise ArgumentError(
-                f"the loss has {shape}, but must be a scalar tensor: take the mean over samples, for example "
-                "with reduction='mean'"
-            )
-        if not loss.requires_grad:
-            raise ArgumentError(
-                "the loss does not depend on any parameter that requires a gradient: look for detach(), "
-                "no_grad() or item() in the model or the loss"
-            )
+        loss = user_call("the loss", lambda: self.loss(outputs, y), x)
+        check_loss(loss)
         return outputs, loss
-
-    @staticmethod
-    def _user(what: str, call: Callable[[], Any], x: Tensor) -> Any:
-        try:
-            return call()
-        except (BolzaError, MemoryError):
-            raise
-        except Exception as error:
-            raise UserCodeError(
-                f"{what} raised {type(error).__name__} on inputs of shape {tuple(x.shape)}: {error}"
-            ) from error
 
     def _check_gradients(self) -> None:
         missing = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
@@ -328,7 +321,7 @@ class _Loop:
 
     def first_record(self) -> None:
         x, y = self.data.train_x[:_EVALUATION_BATCH], self.data.train_y[:_EVALUATION_BATCH]
-        self._user("the model", lambda: self._checked_first(x[:2], y[:2]), x[:2])
+        user_call("the model", lambda: self._checked_first(x[:2], y[:2]), x[:2])
         loss, accuracy = self.evaluate(x, y)
         self._record(loss, accuracy)
         self.save()
@@ -362,10 +355,11 @@ class _Loop:
         total, right, scored = 0.0, 0, False
         for i in range(0, len(x), _EVALUATION_BATCH):
             xs, ys = x[i : i + _EVALUATION_BATCH], y[i : i + _EVALUATION_BATCH]
-            outputs = self.model(xs)
-            value = self._user("the loss", partial(self.loss, outputs, ys), xs)
-            # what is no scalar is refused at the first step, with a better message than here
-            total += float(value.mean() if isinstance(value, Tensor) else value) * len(xs)
+            outputs = user_call("the model", partial(self.model, xs), xs, self.run.step)
+            value = user_call("the loss", partial(self.loss, outputs, ys), xs, self.run.step)
+            # what is no real scalar is refused at the first step, with a better message than here
+            real = isinstance(value, Tensor) and value.is_floating_point()
+            total += float(value.mean() if real else math.nan) * len(xs)
             if self._scores(outputs, ys):
                 scored = True
                 right += int((outputs.argmax(-1) == ys).sum())
@@ -390,6 +384,9 @@ class _Loop:
             "controller": type(self.controller).__name__,
             "batch size": self.order.batch_size,
             "seed": self.run.seed,
+            "loss": getattr(self.loss, "__qualname__", type(self.loss).__name__),
+            "clip": self.clip,
+            **{f"{k} of the optimizer": v for k, v in self.optimizer.defaults.items() if _is_setting(k, v)},
             "data": [self.data.name, str(self.data.train_x.dtype), *self.data.train_x.shape],
             **{f"tensor {name}": shape for name, shape in shapes.items()},
         }
@@ -400,28 +397,46 @@ class _Loop:
         random = {"cpu": torch.get_rng_state()}
         if self.order.x.is_cuda:
             random["cuda"] = torch.cuda.get_rng_state(self.order.x.device)
+        self.run.unsaved = ""
         state = {
             "fingerprint": self.fingerprint(),
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
-            "controller": None if self.controller is None else self.controller.state_dict(),
+            "controller": self._controller_state(),
             "order": self.order.state_dict(),
             "random": random,
             "run": asdict(self.run),
             "sums": (self.loss_sum, self.right, self.seen, self.since),
         }
-        save_tree(state, self.checkpoint)
+        try:
+            save_tree(state, self.checkpoint)
+        except CheckpointError as error:
+            if not self.run.step:  # nothing is lost yet: better to stop now than to find out after hours
+                raise
+            self.run.unsaved = str(error)
+            warnings.warn(f"{error}; the run goes on", RuntimeWarning, stacklevel=2)
+
+    def _controller_state(self) -> Any:
+        if self.controller is None:
+            return None
+        if not hasattr(self.controller, "state_dict"):
+            raise CheckpointError(
+                f"the controller {type(self.controller).__name__} has no state_dict(), so that a checkpoint would be "
+                "without it: add state_dict and load_state_dict, or leave checkpoint= out"
+            )
+        return self.controller.state_dict()
 
     def restore(self) -> None:
         assert self.checkpoint is not None
         state = load_tree(self.checkpoint)
+        discard_partial(self.checkpoint)
         try:
             was, now = state["fingerprint"], self.fingerprint()
             for key in {**now, **was}:
                 if was.get(key) != now.get(key):
                     raise CheckpointError(
                         f"the checkpoint {str(self.checkpoint)!r} belongs to another run: {key} was "
-                        f"{was.get(key)}, now it is {now.get(key)}"
+                        f"{was.get(key)}, now it is {now.get(key)}; give the same settings, or name another file"
                     )
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -431,46 +446,25 @@ class _Loop:
             torch.set_rng_state(state["random"]["cpu"])
             if "cuda" in state["random"]:
                 torch.cuda.set_rng_state(state["random"]["cuda"], self.order.x.device)
-            self.run = Run(**{**state["run"], "total_steps": self.run.total_steps})
+            self.run = Run(**{**_checked_record(state["run"]), "total_steps": self.run.total_steps})
             self.loss_sum, self.right, self.seen, self.since = state["sums"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"the checkpoint {str(self.checkpoint)!r} cannot be used: {error}"
             ) from error
         self.good = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
 
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise ArgumentError(f"{name}={value} must be at least 1")
-    return value
+def _is_setting(name: str, value: object) -> bool:
+    return name not in _FORMS and (value is None or isinstance(value, bool | int | float | str | tuple))
 
 
-def _check_model(model: nn.Module) -> nn.Parameter:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise ArgumentError(
-            f"the model {type(model).__name__} has no parameter that requires a gradient: there is nothing "
-            "to train; call requires_grad_(True) on what should learn"
-        )
-    for name, p in model.named_parameters():
-        if p.dtype == torch.float16 and p.device.type == "cpu":
-            raise ArgumentError(
-                f"the parameter {name!r} is float16 on the CPU, where its range is too small to train in: "
-                "use dtype=torch.float32 or torch.bfloat16, or a CUDA device"
-            )
-    return trainable[0]
-
-
-def _make_controller(controller: Any, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    if controller is None or (hasattr(controller, "step") and not isinstance(controller, type)):
-        return controller
-    if not callable(controller):
-        raise ArgumentError(
-            f"controller={controller!r} has no step() and is no function (optimizer, steps): use "
-            "bolza.controllers.make or a torch scheduler"
-        )
-    return controller(optimizer, steps)
+def _checked_record(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The stored curves and counts, if each is of its own type."""
+    for name, value in asdict(Run()).items():
+        if value is not None and type(stored[name]) is not type(value):
+            raise TypeError(f"its {name} is a {type(stored[name]).__name__}")
+    return stored
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -70,6 +71,9 @@ def make_optimizer(spec: OptimizerSpec, model: nn.Module, **options: Any) -> tor
         0.1
     """
     given = {key: value for key, value in options.items() if value is not None}
+    for key, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ArgumentError(f"{key}={value} must be a finite number")
     if isinstance(spec, torch.optim.Optimizer):
         if given:
             raise ArgumentError(

@@ -32,6 +32,7 @@ class Run:
         seconds: wall-clock time of training and evaluation, over all resumed parts.
         gradients: number of mini-batch gradients computed.
         reason: one sentence on why the run stopped early; empty if it finished.
+        unsaved: why the last checkpoint could not be written; empty if it was, or if none was asked for.
         failed_step: step at which a number stopped being finite.
         failed_layer: layer or parameter where it did.
         optimizer: class name of the optimizer.
@@ -55,6 +56,7 @@ class Run:
     seconds: float = 0.0
     gradients: int = 0
     reason: str = ""
+    unsaved: str = ""
     failed_step: int | None = None
     failed_layer: str | None = None
     optimizer: str = ""
