@@ -116,6 +116,12 @@ def test_reproduce_without_a_key_lists_the_studies(bolza):
     assert "liu2019_review" in bolza("reproduce").stdout
 
 
+def test_reproduce_does_not_drop_a_report_that_it_cannot_write(bolza, home):
+    result = bolza("reproduce", "--json", "x.json")
+    assert result.exit_code == 2 and "name one, or give --all" in result.stderr
+    assert not (home / "x.json").exists()
+
+
 def test_reproduce_says_that_a_claim_fails_and_ends_with_zero(bolza, home, monkeypatch):
     import bolza.studies._study as study
     from bolza.core.reference import Reference

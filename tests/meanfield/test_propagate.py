@@ -285,3 +285,28 @@ def test_bad_input_is_named() -> None:
     nn.init.constant_(model[0].weight, float("nan"))
     with pytest.raises(DivergenceError, match="layer '0'"):
         propagate(model, torch.ones(5, 3))
+
+
+@pytest.mark.parametrize("weight_var", [1.25, 1.760955, 2.5])
+def test_the_gradient_of_a_wide_network_changes_by_chi_1_a_layer(weight_var: float) -> None:
+    width, depth = 1000, 30
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        linear = nn.Linear(width, width)
+        nn.init.normal_(linear.weight, std=math.sqrt(weight_var / width))
+        nn.init.normal_(linear.bias, std=math.sqrt(0.05))
+        layers += [linear, nn.Tanh()]
+    h, seen = torch.randn(8, width), []
+    for layer in layers:
+        h = layer(h)
+        if isinstance(layer, nn.Linear):
+            h.retain_grad()
+            seen.append(h)
+    (h * torch.randn(width)).sum().backward()
+    log_variance = torch.stack([a.grad.double().square().mean().log() for a in seen[5:]])
+    t = torch.arange(len(log_variance), dtype=torch.float64)
+    t = t - t.mean()
+    slope = -float((t * log_variance).sum() / (t * t).sum())
+    # a layer adds noise of √(2/width) to the logarithm: a random walk, whose slope errs by √(6/(5n)) of that
+    error = math.sqrt(2 / width) * math.sqrt(6 / (5 * len(t)))
+    assert abs(slope - math.log(float(fixed_point("tanh", weight_var, 0.05).chi_1))) < 3 * error

@@ -62,6 +62,8 @@ def reproduce(
         raise ArgumentError(f"'{key}' and --all were both given: name one study, or ask for all of them.")
     outputs = Outputs(html=html, json=json, png=png)
     if not (key or all_):
+        if html or json or png:
+            raise ArgumentError("a report was asked for, but no study: name one, or give --all.")
         to_terminal(_listing())
         return
     from bolza.studies import StudyResult, get, studies
