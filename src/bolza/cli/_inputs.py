@@ -105,12 +105,6 @@ def device(name: str | None) -> torch.device | None:
     """
     if name is None:
         return None
-    import torch
+    from bolza.training.checks import usable_device
 
-    try:
-        found = torch.device(name)
-        torch.empty(1, device=found)
-    except Exception as error:
-        reason = str(error).splitlines()[0].split(",")[0]
-        raise ArgumentError(f"--device {name} cannot be used here ({reason}): try --device cpu.") from error
-    return found
+    return usable_device(name, f"--device {name}")

@@ -46,8 +46,8 @@ def check_seed(seed: int) -> None:
         raise ArgumentError(f"seed={seed} has more than 64 bits: choose a smaller number")
 
 
-def usable_device(device: torch.device | str) -> torch.device:
-    """The device of that name, tried out.
+def usable_device(device: torch.device | str, asked_as: str | None = None) -> torch.device:
+    """The device of that name, tried out; ``asked_as`` is how an error calls the request.
 
     Example:
         >>> usable_device("cpu")
@@ -58,7 +58,8 @@ def usable_device(device: torch.device | str) -> torch.device:
         torch.empty(1, device=found)
     except Exception as error:
         reason = str(error).splitlines()[0].split(",")[0]
-        raise ArgumentError(f"device={str(device)!r} cannot be used here ({reason}): try 'cpu'") from error
+        request = asked_as or f"device={str(device)!r}"
+        raise ArgumentError(f"{request} cannot be used here ({reason}): try 'cpu'") from error
     return found
 
 
