@@ -1,0 +1,3 @@
+"""Lyapunov exponents of networks over layers, time and training steps; synchronisation; contraction."""
+
+__all__: list[str] = []
