@@ -1,7 +1,11 @@
-"""What the benchmark scripts share: one thread, repeated timing, one JSON line a figure.
+"""What the benchmark scripts share: one thread, repeated timing, one JSON line a figure, one record a run.
 
 Import this module before torch: it sets the number of threads. On a machine that does other work compare
 ratios taken in the same run, and CPU seconds (``cpu_s``) before wall seconds.
+
+With ``BENCH_RECORDS=FOLDER`` in the environment (``bolza bench --record`` sets it to benchmarks/records) a
+script that ends without an error writes FOLDER/<bench>.json: what it emitted, with versions, kind of
+processor, threads and commit.
 """
 
 from __future__ import annotations
@@ -12,13 +16,17 @@ THREADS = int(os.environ.get("BENCH_THREADS", "1"))
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, str(THREADS))
 
+import atexit  # noqa: E402
+import datetime  # noqa: E402
 import gc  # noqa: E402
 import importlib.metadata  # noqa: E402
 import json  # noqa: E402
 import platform  # noqa: E402
+import re  # noqa: E402
 import resource  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
+import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -49,12 +57,24 @@ def environment(*packages: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "threads": THREADS,
         "device": "cpu",
         "commit": commit,
         "versions": versions,
     }
+
+
+def processor() -> str:
+    """The kind of processor, without trade marks and clock rate."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    except OSError:
+        name = None
+    words = name[1] if name else platform.processor() or platform.machine()
+    return re.sub(r"\s+", " ", re.sub(r"\((?:R|TM)\)|@.*|\bCPU\b", "", words)).strip()
 
 
 def timed(function: Callable[[], Any], *, repeat: int = 7, warmup: int = 1) -> dict[str, float]:
@@ -83,6 +103,46 @@ def memory() -> float:
 
 
 def emit(bench: str, name: str, **values: Any) -> None:
-    """Print one JSON line; floats are rounded to six significant digits."""
-    rounded = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in values.items()}
-    print(json.dumps({"bench": bench, "name": name, **rounded}), flush=True)
+    """Print one JSON line, and keep it for the record; floats are rounded to six significant digits."""
+    row = {key: _round(value) for key, value in values.items()}
+    _EMITTED.setdefault(bench, []).append({"name": name, **row})
+    print(json.dumps({"bench": bench, "name": name, **row}), flush=True)
+
+
+def _round(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+_EMITTED: dict[str, list[dict[str, Any]]] = {}
+_FAILED: list[bool] = []
+
+
+def write_records(folder: Path) -> list[Path]:
+    """Write what was emitted so far, one file a benchmark."""
+    written = []
+    for bench, rows in _EMITTED.items():
+        about = [
+            {k: v for k, v in row.items() if k != "name"} for row in rows if row["name"] == "environment"
+        ]
+        record = {
+            "schema": "bolza.bench/1",
+            "bench": bench,
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "environment": environment() | (about[0] if about else {}),
+            "rows": [row for row in rows if row["name"] != "environment"],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{bench}.json"
+        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def _on_error(*what: Any) -> None:
+    _FAILED.append(True)
+    sys.__excepthook__(*what)
+
+
+if "BENCH_RECORDS" in os.environ:  # what ends in an error leaves no record
+    sys.excepthook = _on_error
+    atexit.register(lambda: None if _FAILED else write_records(Path(os.environ["BENCH_RECORDS"])))

@@ -120,3 +120,67 @@ def test_the_users_module_is_not_changed() -> None:
     module = nn.PReLU()
     resolve_activation(module)
     assert module.weight.dtype == torch.float32 and module.training
+
+
+NOT_ELEMENTWISE = {"GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}
+ARGUMENTS: dict[str, tuple[float, ...]] = {"Threshold": (0.1, -0.3)}
+
+
+@pytest.mark.parametrize("name", sorted(set(nn.modules.activation.__all__) - NOT_ELEMENTWISE) + ["Identity"])
+def test_every_elementwise_module_of_torch_matches_monte_carlo(name: str) -> None:
+    """Whatever torch calls an activation, within four standard errors; a new one shows up here."""
+    module = getattr(nn, name)(*ARGUMENTS.get(name, ()))
+    act = resolve_activation(module)
+    draw = torch.Generator().manual_seed(7)
+    z = torch.randn(2, 200_000, generator=draw, dtype=torch.float64)
+    q, c = torch.tensor([0.4, 3.0], dtype=torch.float64)[:, None], 0.7
+    u = q.sqrt() * z[0]
+    v = (2 * q).sqrt() * (c * z[0] + (1 - c * c) ** 0.5 * z[1])
+    run = module.double().train() if name == "RReLU" else module.double().eval()
+    u, v = u.requires_grad_(True), v.requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        y, w = run(u * 1.0), run(v * 1.0)
+    (dy,) = torch.autograd.grad(y.sum(), u, allow_unused=True)
+    (dw,) = torch.autograd.grad(w.sum(), v, allow_unused=True)
+    q, cc = q[:, 0], torch.tensor(c, dtype=torch.float64)
+    for theory, sample in (
+        (act.mean(q), y),
+        (act.second(q), y * y),
+        (act.slope(q), dy * dy),
+        (act.cross(q, 2 * q, cc), y * w),
+        (act.cross_slope(q, 2 * q, cc), dy * dw),
+    ):
+        sample = sample.detach()
+        error = sample.std(-1) / sample.shape[-1] ** 0.5
+        assert (
+            (sample.mean(-1) - theory).abs() <= 4 * error + 1e-6
+        ).all()  # 1e-6: beyond the kinks no sample at all
+
+
+@pytest.mark.parametrize("name", sorted(NOT_ELEMENTWISE - {"MultiheadAttention"}))
+def test_activations_that_mix_units_are_refused(name: str) -> None:
+    options = {} if name == "Softmax2d" else {"dim": -1}
+    with pytest.raises((ArgumentError, UserCodeError)):
+        resolve_activation(getattr(nn, name)(**options))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "softplus", "gelu", "tanh"])
+def test_the_rate_at_variance_zero_is_the_limit(name: str) -> None:
+    act, zero = resolve_activation(name), torch.zeros(1, dtype=torch.float64)
+    limit = act.derivative(zero) ** 2 + act.phi(zero) * act.second_derivative(zero)
+    assert torch.allclose(act.second_rate(zero), limit, rtol=1e-9, atol=0)
+
+
+def test_a_kink_far_out_or_beside_steep_growth_is_found() -> None:
+    assert resolve_activation(lambda h: h.clamp(-20, 20)).kinks == (-20.0, 20.0)
+    assert resolve_activation(lambda h: h**3 + h.relu()).kinks == pytest.approx((0,), abs=1e-9)
+    assert resolve_activation(lambda h: torch.exp(h / 4)).kinks == ()
+
+
+@pytest.mark.parametrize("name", ["gelu", "elu", "sigmoid", "silu"])
+def test_the_curvature_is_that_of_the_second_derivative(name: str) -> None:
+    act, q, step = resolve_activation(name), torch.tensor(0.8, dtype=torch.float64), 1e-4
+    second = lambda h: (act.derivative(h + step) - act.derivative(h - step)) / (2 * step)  # noqa: E731
+    want = expectation(lambda h: second(h) ** 2, q, act.kinks)
+    assert float(act.curvature(q)) == pytest.approx(float(want), rel=1e-4) and want > 1e-3

@@ -11,7 +11,8 @@ from torch import nn
 
 import bolza
 from bolza.core.errors import ArgumentError, DivergenceError, ShapeError, UnsupportedError
-from bolza.meanfield.isometry import isometry
+from bolza.meanfield import critical_init_
+from bolza.meanfield.isometry import isometry, isometry_theory
 from networks import NETWORKS, in_double
 
 module = import_module("bolza.meanfield.isometry")  # the package exports the function under this name
@@ -78,6 +79,69 @@ def test_orthogonal_relu_networks_have_variance_of_their_depth():
     result = isometry(net, torch.randn(6, width, dtype=torch.float64))
     assert result.mean_square.value == pytest.approx(1, abs=0.15)
     assert result.relative_variance == pytest.approx(depth, rel=0.25)
+
+
+def tanh_network(q, scheme, depth=30, width=200):
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())]
+    net = nn.Sequential(*layers).double()
+    critical_init_(net, scheme=scheme, q=q, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, width, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    return net, x
+
+
+@pytest.mark.parametrize("q, variance, largest", [(0.05, 0.39, 1.60), (0.01, 0.023, 1.12)])
+def test_orthogonal_tanh_networks_have_the_spectrum_of_theory_by_products_alone(
+    monkeypatch, q, variance, largest
+):
+    """Depth 30; 0.40 and 0.022 in the limit, 0.39 and 0.023 measured at width 400 with exact spectra."""
+    monkeypatch.setattr(module, "_EXACT", 5)
+    net, x = tanh_network(q, "orthogonal")
+    theory = isometry_theory("tanh", q=q, depth=30)
+    result = isometry(net, x, probes=16)
+    scale = math.sqrt(result.mean_square.value)
+    assert not result.exact
+    assert result.relative_variance == pytest.approx(theory.variance, rel=0.2)
+    assert result.relative_variance == pytest.approx(variance, rel=0.2)
+    assert result.largest.value / scale == pytest.approx(largest, rel=0.05)
+    assert result.largest.value / scale == pytest.approx(theory.largest, rel=0.05)
+
+
+def test_gaussian_tanh_networks_are_far_from_isometry():
+    net, x = tanh_network(0.01, "gaussian")
+    theory = isometry_theory("tanh", q=0.01, depth=30, orthogonal=False)
+    assert theory.variance == pytest.approx(30.02, abs=0.02)
+    result = isometry(net, x)
+    assert 12 < result.relative_variance < 36  # 22.8 at width 400; a thousand times the orthogonal one
+    assert result.condition.value > 1e3
+
+
+def test_gaussian_products_have_their_moments_and_edge_by_products_alone(monkeypatch):
+    monkeypatch.setattr(module, "_EXACT", 5)
+    width, depth = 150, 5
+    x = torch.zeros(8, width, dtype=torch.float64)  # a linear network: eight times as many probes
+    result = isometry(stack(width, depth), x, probes=32)
+    a, b = gaussian_products(width, depth)
+    assert result.variance.value == pytest.approx(a - b, rel=0.3)
+    assert 0.75 * 14.930 < result.largest.value**2 < 1.1 * 14.930
+
+
+@pytest.mark.parametrize("depth, edge", [(1, 4.0), (2, 6.75), (5, 14.93), (10, 28.531)])
+def test_theory_has_the_edge_of_gaussian_products(depth, edge):
+    theory = isometry_theory("linear", q=1.0, depth=depth, orthogonal=False)
+    assert theory.largest**2 == pytest.approx(edge, abs=2e-3)
+    assert theory.variance == pytest.approx(depth) and theory.mean_square == pytest.approx(1)
+
+
+def test_theory_of_orthogonal_relu_has_variance_of_its_depth_and_the_edge_of_bernoulli_factors():
+    """d is 0 or 2 with equal chance: x(M) = 2 (M + ½)/M, so s² = (1 + M)/M · ((2 M + 1)/(1 + M))^L."""
+    theory = isometry_theory("relu", q=3.0, depth=8)
+    m = torch.logspace(-4, 2, 20001, dtype=torch.float64)
+    edge = ((1 + m) / m * ((2 * m + 1) / (1 + m)) ** 8).min()
+    assert theory.variance == pytest.approx(8)
+    assert theory.largest**2 == pytest.approx(float(edge), rel=1e-4)
+    assert isometry_theory("tanh", q=0.3, depth=4, weight_var=1.0).mean_square < 0.5
+    with pytest.raises(ArgumentError, match="q is 0"):
+        isometry_theory("tanh", q=0.0, depth=4)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -4,15 +4,17 @@ from torch import Tensor, nn
 
 from bolza.meanfield import Step, moment_map, propagate
 from bolza.meanfield.function_maps import function_name, relabel
-from bolza.meanfield.moment_maps import Call, Missing, _batch_normalised
+from bolza.meanfield.moment_maps import Call, Missing
 from bolza.meanfield.moments import measure
+from bolza.meanfield.norm_maps import BatchStatistics
 
 
 def test_batch_normalisation_of_a_gaussian_kernel_is_exact_for_small_batches() -> None:
     """Against 200,000 sampled units; their spread gives the error."""
     a = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     kernel = a @ a.T / 6 + 0.1 * torch.eye(6, dtype=torch.float64)
-    exact, inverse = _batch_normalised(kernel, 1e-3)
+    norm = BatchStatistics(kernel, 1e-3)
+    exact, inverse = norm.forward(), norm.inverse()
     g = torch.Generator().manual_seed(4)
     h = torch.linalg.cholesky(kernel) @ torch.randn(6, 200_000, dtype=torch.float64, generator=g)
     var = h.var(0, unbiased=False)
@@ -39,11 +41,20 @@ def test_moving_numbers_moves_the_kernel(move) -> None:  # type: ignore[no-untyp
     direct = measure(moved, step.out.unit_dim)
     assert torch.allclose(step.out.kernel, direct.kernel) and torch.allclose(step.out.mean, direct.mean)
     assert (step.out.lead, step.out.units) == (direct.lead, direct.units)
-    # gradients: what flows back from ones is how often an item is read, per unit
+    # gradients: independent from unit to unit, alike for all of them; summed over what one unit can bring
     leaf = value.clone().requires_grad_(True)
-    move(leaf).sum().backward()
-    (back,) = step.backward(torch.ones_like(step.out.mean))
-    assert torch.allclose(back, measure(leaf.grad, 1).variances)  # type: ignore[arg-type]
+    out = move(leaf)
+    items = step.out.kernel.shape[-1]
+    upstream = torch.eye(items, dtype=torch.float64) + 0.5  # its kernel
+    total = torch.zeros_like(m.kernel)
+    for column in torch.linalg.cholesky(upstream).T:
+        for unit in range(step.out.units):
+            g = torch.zeros(*step.out.lead, step.out.units, dtype=torch.float64)
+            g[..., unit] = column.reshape(step.out.lead)
+            (grad,) = torch.autograd.grad(out, leaf, g.movedim(-1, step.out.unit_dim), retain_graph=True)
+            total += measure(grad, 1).kernel
+    (back,) = step.backward(upstream[None])
+    assert torch.allclose(back, total)
 
 
 def test_a_reshape_that_splits_the_units_is_left_to_measurement() -> None:

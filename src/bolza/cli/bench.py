@@ -17,11 +17,15 @@ def bench(
         list[str] | None,
         typer.Argument(metavar="[NAME]...", help="Which scripts, such as meanfield; all by default."),
     ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write what was measured to benchmarks/records/NAME.json.")
+    ] = False,
 ) -> None:
     """Time the library against what you would use instead (needs a checkout of the repository).
 
-    [dim]Example:[/dim]  bolza bench meanfield
+    [dim]Example:[/dim]  bolza bench meanfield --record
     """
+    import os
     import subprocess
     import sys
 
@@ -34,10 +38,13 @@ def bench(
             raise ArgumentError(
                 f"benchmark {name!r} is not in {folder}{near(name, scripts) or '; there are ' + ', '.join(scripts)}"
             )
+    environment = dict(os.environ)
+    if record:
+        environment["BENCH_RECORDS"] = str(folder / "records")
     failed = []
     for name in names or scripts:
         typer.secho(f"\n{name}", bold=True)
-        if subprocess.run([sys.executable, str(scripts[name])], check=False).returncode:
+        if subprocess.run([sys.executable, str(scripts[name])], env=environment, check=False).returncode:
             failed.append(name)
     if failed:
         raise ArgumentError(

@@ -37,7 +37,7 @@ def theory_of(problem: Problem) -> tuple[dict[str, Mapping[str, Any]], dict[str,
         covered = layer.source == "theory"
         rows[layer.name] = {
             "q_theory": _number(layer.q_theory) if covered else None,
-            "c_theory": _number(layer.c_theory) if covered else None,
+            "c_theory": _number(layer.c_samples) if covered else None,
             "gradient_variance_theory": _number(layer.grad_theory) if covered else None,
             "sigma_w2": _number(layer.sigma_w2),
             "sigma_b2": _number(layer.sigma_b2),

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["ClosedForm", "ErfForm", "RectifierForm"]
+__all__ = ["ClosedForm", "ErfForm", "RandomRectifierForm", "RectifierForm"]
 
 
 class ClosedForm(Protocol):
@@ -113,3 +113,48 @@ class RectifierForm:
         angle = 2 * torch.atan2((1 - c).clamp_min(0).sqrt(), (1 + c).clamp_min(0).sqrt())
         value = (1 - self.negative) ** 2 / 2 * (1 - angle / pi) + self.negative
         return value.expand(torch.broadcast_tensors(q_u, q_v, c)[0].shape)
+
+
+@dataclass(frozen=True)
+class RandomRectifierForm:
+    """φ(h) = h for h > 0, αh below, with a random α: PReLU with a slope per channel, RReLU in training.
+
+    Args:
+        slope_mean: E α.
+        slope_square: E α².
+        shared: whether two inputs meet the same α (a slope of the unit) or independent ones (noise).
+    """
+
+    slope_mean: float
+    slope_square: float
+    shared: bool
+
+    def mean(self, q: Tensor) -> Tensor:
+        """(1 - E α) √(q/2π)."""
+        return RectifierForm(self.slope_mean).mean(q)
+
+    def second(self, q: Tensor) -> Tensor:
+        """(1 + E α²) q/2."""
+        return (1 + self.slope_square) / 2 * q
+
+    def slope(self, q: Tensor) -> Tensor:
+        """(1 + E α²)/2, for every q."""
+        return torch.full_like(q, (1 + self.slope_square) / 2)
+
+    def second_rate(self, q: Tensor) -> Tensor:
+        """(1 + E α²)/2, for every q."""
+        return self.slope(q)
+
+    def cross(self, q_u: Tensor, q_v: Tensor, c: Tensor) -> Tensor:
+        """√(q_u q_v) [E(1-α)(1-α') κ₁/2 + E α c]."""
+        kappa = RectifierForm(0.0).cross(q_u, q_v, c)
+        return self._both * kappa + self.slope_mean * c * (q_u.sqrt() * q_v.sqrt())
+
+    def cross_slope(self, q_u: Tensor, q_v: Tensor, c: Tensor) -> Tensor:
+        """E(1-α)(1-α') κ₀/2 + E α."""
+        return self._both * RectifierForm(0.0).cross_slope(q_u, q_v, c) + self.slope_mean
+
+    @property
+    def _both(self) -> float:
+        square = self.slope_square if self.shared else self.slope_mean**2
+        return 1 - 2 * self.slope_mean + square

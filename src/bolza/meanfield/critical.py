@@ -2,7 +2,8 @@ r"""The critical line χ_1 = 1 between order and chaos, parametrised by the vari
 
     σ_w²(q) = 1/E φ'(√q z)²,     σ_b²(q) = q - σ_w²(q) E φ(√q z)²
 
-Without bias a smooth odd activation is critical at q = 0, σ_w² = 1/φ'(0)².
+Without bias a smooth odd activation is critical at q = 0, σ_w² = 1/φ'(0)². For an activation that draws
+random numbers this is where the gradient keeps its size; its correlations have no critical point.
 """
 
 from __future__ import annotations
@@ -112,7 +113,12 @@ def _q_of_bias(act: Activation, bias: Tensor) -> Tensor:
     if bool(((bias < 0) | ~torch.isfinite(bias)).any()):
         raise ArgumentError(f"bias_var is {bias}; a variance must be finite and not negative.")
     target = bias.reshape(-1)
-    if act.closed is not None and act.name != "erf":
+    if act.jumps:
+        raise ArgumentError(
+            f"{act.name} has no critical point: where it jumps, inputs however close are torn apart (χ_1 is "
+            "infinite at any weight_var)."
+        )
+    if act.scale_free:
         if bool((target > 0).any()):
             raise ArgumentError(
                 f"{act.name} has no critical point with bias_var = {float(target.max()):g}: its variance "

@@ -12,7 +12,7 @@ The equations are solved in brackets, not iterated: at criticality the iteration
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from torch import Tensor
 from bolza.core.errors import ArgumentError
 from bolza.core.reference import Reference, cites
 from bolza.meanfield.activations import Activation, resolve_activation
-from bolza.ops.gaussian import hermite_coefficients
 from bolza.ops.roots import bracketed_root
 
 __all__ = ["FixedPoint", "correlation_map", "fixed_point", "length_map"]
@@ -63,13 +62,16 @@ class FixedPoint:
         q: variance of pre-activations that deep layers settle at; ``inf`` if it grows without bound.
         c: correlation of two inputs that deep layers settle at (the stable one).
         chi_q: rate of the variance map at ``q``.
-        chi_1: slope of the correlation map at c = 1; below 1 ordered, above 1 chaotic.
+        chi_1: slope of the correlation map at c = 1; below 1 ordered, above 1 chaotic; infinite if the
+            activation jumps.
         chi_c: rate of the correlation map at the stable ``c``.
         xi_q: layers in which a deviation of the variance falls by e.
         xi_c: layers in which a deviation of the correlation falls by e; infinite at criticality.
         xi_grad: layers in which the variance of a gradient changes by a factor e.
         regime: ``"ordered"``, ``"critical"`` or ``"chaotic"``: a string for scalar input, else a
             numpy array of strings.
+        error: standard error of each number above, by its name, if the activation had to be sampled;
+            else empty.
 
     Example:
         >>> point = fixed_point("tanh", 2.5, 0.05)
@@ -86,6 +88,7 @@ class FixedPoint:
     xi_c: Tensor
     xi_grad: Tensor
     regime: Any
+    error: dict[str, Tensor] = field(default_factory=dict)
 
 
 @cites(POOLE, SCHOENHOLZ, REVIEW)
@@ -112,7 +115,9 @@ def fixed_point(
     Returns:
         A `FixedPoint` of float64 tensors. If the variance grows without bound (ReLU, σ_w² > 2):
         ``q = inf``, the rates are their limits for large q, ``regime`` is ``"chaotic"`` because
-        gradients explode, and c = 1: an angle has no chaotic phase there.
+        gradients explode, and c = 1: an angle has no chaotic phase there. An activation that draws
+        random numbers acts as dropout does: c = 1 is no fixed point, and ``regime`` and ``xi_grad``
+        are those of the gradient. One that is sampled brings standard errors along.
 
     Raises:
         ArgumentError: a variance is negative or not finite, or ``keep_prob`` is not in (0, 1].
@@ -126,28 +131,48 @@ def fixed_point(
         [['critical', 'ordered'], ['chaotic', 'chaotic']]
     """
     act = resolve_activation(activation)
-    shape, weight, bias, keep, start = _inputs(weight_var, bias_var, keep_prob, q0)
+    shape, *inputs = _inputs(weight_var, bias_var, keep_prob, q0)
+    values = _solve(act, *inputs)
+    error = {}
+    if act.replicas:
+        copies = [_solve(replica, *inputs) for replica in act.replicas]
+        for at, name in enumerate(_FIELDS):
+            spread = torch.stack([copy[at] for copy in copies]).std(0) / len(copies) ** 0.5
+            error[name] = spread.reshape(shape)
+    gain = values[-1]
+    regime = np.where((gain - 1).abs() <= tol, "critical", np.where(gain < 1, "ordered", "chaotic"))
+    label = regime.reshape(shape) if shape else str(regime[0])
+    fields = dict(
+        zip(_FIELDS, (v.reshape(shape) for v in values), strict=False)
+    )  # the last one made the label
+    return FixedPoint(**fields, regime=label, error=error)
+
+
+_FIELDS = ("q", "c", "chi_q", "chi_1", "chi_c", "xi_q", "xi_c", "xi_grad")
+
+
+def _solve(act: Activation, weight: Tensor, bias: Tensor, keep: Tensor, start: Tensor) -> list[Tensor]:
+    """The fields, and the number that decides the regime."""
     q = _solve_length(act, weight / keep, bias, start)
     finite = torch.isfinite(q)
     inner = torch.where(finite, q, torch.full_like(q, _Q_TABLE[-1].item()))
     # Where q is unbounded, all points share the one variance that stands for it: the costliest of all.
     distinct, place = inner.unique(return_inverse=True)
     chi_q = weight / keep * act.second_rate(distinct)[place]
-    chi_1 = weight * act.slope(distinct)[place]
+    gain = weight / keep * act.slope(distinct)[place]
+    if act.noisy or act.jumps or act.true_derivative is not None:
+        chi_1 = weight * act.correlation_slope(distinct, torch.ones_like(distinct))[place]
+    else:
+        chi_1 = gain * keep
     c = _solve_correlation(act, weight, bias, keep, inner, chi_1, finite)
     chi_c = chi_1.clone()
     below = c < 1
     if bool(below.any()):
-        at = inner[below]
-        chi_c[below] = weight[below] * act.cross_slope(at, at, c[below])
+        chi_c[below] = weight[below] * act.correlation_slope(inner[below], c[below])
     xi_c = _scale(chi_c)
     xi_c[~finite] = torch.inf  # at infinite q the normalised map has slope 1 at c = 1: a power law
-    gain = chi_1 / keep
-    regime = np.where((gain - 1).abs() <= tol, "critical", np.where(gain < 1, "ordered", "chaotic"))
-    label = regime.reshape(shape) if shape else str(regime[0])
-    q, c, chi_q, chi_1, chi_c, xi_c = (t.reshape(shape) for t in (q, c, chi_q, chi_1, chi_c, xi_c))
-    xi_grad = _scale(gain).reshape(shape)
-    return FixedPoint(q, c, chi_q, chi_1, chi_c, _scale(chi_q), xi_c, xi_grad, label)
+    verdict = gain if act.noisy else chi_1 / keep
+    return [q, c, chi_q, chi_1, chi_c, _scale(chi_q), xi_c, _scale(gain), verdict]
 
 
 def _inputs(*values: Tensor | float) -> tuple[torch.Size, Tensor, Tensor, Tensor, Tensor]:
@@ -179,7 +204,7 @@ def _scale(chi: Tensor) -> Tensor:
 
 def _solve_length(act: Activation, weight: Tensor, bias: Tensor, start: Tensor) -> Tensor:
     """The fixed point of q ← weight·E φ² + bias that the monotone orbit from ``start`` reaches."""
-    if act.closed is not None and act.name != "erf":  # a line: bias + slope q
+    if act.scale_free:  # a line: bias + slope q
         slope = weight * act.slope(torch.ones_like(weight))
         # σ_w² stored in floating point: a slope within rounding of 1 is 1.
         one = (slope - 1).abs() < 1e-14
@@ -221,9 +246,9 @@ def _solve_correlation(
 ) -> Tensor:
     """The stable c*: 1 if χ_1 ≤ 1 without dropout, else the root of the secant slope, or of C(c) = c."""
     c = torch.ones_like(q)
-    plain = keep == 1
+    plain = (keep == 1) & (not act.noisy)
     chaotic = plain & (chi_1 > 1) & finite & (q > 0)
-    if act.closed is not None and act.name != "erf":
+    if act.scale_free:
         chaotic &= False  # σ_b² = 0 and the slope is 1 at c = 1: angles always close
     index = chaotic.nonzero().squeeze(1)
     if len(index):
@@ -247,11 +272,11 @@ def _secant_root(act: Activation, weight: Tensor, q: Tensor) -> Tensor:
     """
     out = torch.empty_like(q)
     todo = torch.ones_like(q, dtype=torch.bool)
-    if not act.kinks:
+    if act.closed is None or act.analytic:
         power = act.second(q)
-        for degree in (48, 128, 320):
+        for degree in (48, 128, 320) if act.analytic else (512,):
             index = todo.nonzero().squeeze(1)
-            squares = hermite_coefficients(act.phi, q[index], degree).square()
+            squares = act.coefficients(q[index], degree).square()
             # What lies beyond the degree: its sum by Parseval (to rounding), its fall by the last terms.
             left = (power[index] - squares.sum(-1)).clamp_min(0)
             left = torch.where(left > 1e-13 * power[index], left, squares[:, -degree // 8 :].sum(-1))

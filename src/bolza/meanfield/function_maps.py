@@ -5,7 +5,7 @@ Functions go by name, so that ``F.relu``, ``torch.relu``, ``x.relu()`` and ``ate
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from bolza.core.errors import BolzaError
 from bolza.meanfield import activations
+from bolza.meanfield.conv_maps import conv_step
 from bolza.meanfield.moment_maps import (
     Call,
     Missing,
     Step,
     activation_step,
-    averaged,
     dropout_step,
     embedding_step,
     linear_step,
-    unit_norm_step,
 )
 from bolza.meanfield.moments import Moments, measure
+from bolza.meanfield.norm_maps import averaged, batch_norm_step, unit_norm_step
 
 __all__ = ["FUNCTION_MAPS", "function_name", "relabel"]
 
@@ -70,6 +70,38 @@ def _(call: Call, again: Callable[[Tensor], Any]) -> Step | Missing:
         if len(call.inputs) == 1
         else Missing("weights that depend on the data")
     )
+
+
+@_register("conv1d", "conv2d", "conv3d")
+def _(call: Call, again: Callable[[Tensor], Any]) -> Step | Missing:
+    names = {1: "weight", 2: "bias", 3: "stride", 4: "padding", 5: "dilation", 6: "groups"}
+    usual = {2: None, 3: 1, 4: 0, 5: 1, 6: 1}
+    weight, bias, stride, padding, dilation, groups = (
+        _argument(call, i, n, usual.get(i)) for i, n in names.items()
+    )
+    if len(call.inputs) != 1:
+        return Missing("weights that depend on the data")
+    sizes = weight.shape[2:]
+    stride, dilation = (
+        tuple(v) * (1 if len(v) > 1 else len(sizes)) if isinstance(v, Sequence) else (v,) * len(sizes)
+        for v in (stride, dilation)
+    )
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, sizes, strict=True)]
+        pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+    else:
+        each = tuple(padding) if isinstance(padding, Sequence) else (padding,)
+        each = each * (1 if len(each) > 1 else len(sizes))
+        pads = [n for n in reversed(each) for _ in range(2)]
+    return conv_step(call, weight, bias, stride, pads, dilation, groups)
+
+
+@_register("batch_norm")
+def _(call: Call, again: Callable[[Tensor], Any]) -> Step | Missing:
+    places = ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
+    mean, var, weight, bias = (_argument(call, i, n) for i, n in places)
+    training, eps = _argument(call, 5, "training", False), _argument(call, 7, "eps", 1e-5)
+    return batch_norm_step(call, weight, bias, mean, var, training, eps)
 
 
 @_register("embedding")
@@ -143,6 +175,8 @@ def _signed_sum(call: Call, sign: float) -> Step | Missing:
     left, right = call.args[0], _argument(call, 1, "other")
     numbers = [v for v in (left, right) if not isinstance(v, Tensor)]
     m = call.inputs[0]
+    if left is right:
+        return Missing("a sum of a value with itself", layer=False)
     if numbers:
         shift = float(numbers[0]) * (sign if right is numbers[0] else 1.0)
         flip = sign if left is numbers[0] else 1.0
@@ -162,9 +196,20 @@ def _signed_sum(call: Call, sign: float) -> Step | Missing:
         return Missing("a sum of two layouts", layer=False)
     if not _same(m, n):
         return Missing("a sum of values of different shapes", layer=False)
-    if m.sources & n.sources:
+    if dependent(m, n):
         return Missing("a sum of two values that stem from the same random layer")
     return _sum(m, n, sign, call)
+
+
+def dependent(m: Moments, n: Moments) -> bool:
+    """Whether two values stem from the same units of a random layer."""
+
+    def read(source: str) -> tuple[str, str]:
+        name, _, part = source.partition("[")
+        return name, part
+
+    left, right = [read(s) for s in m.sources], [read(s) for s in n.sources]
+    return any(a == b and (p == q or not p or not q) for a, p in left for b, q in right)
 
 
 def _same(m: Moments, n: Moments) -> bool:
@@ -202,7 +247,28 @@ def _(call: Call, again: Callable[[Tensor], Any]) -> Step | Missing:
             lambda g: [probe**2 * g],
             note=f"times {probe:g}",
         )
-    return Missing("a product of values", layer=len(call.inputs) > 1)
+    factor = _factor(call, again) if len(call.inputs) == 1 else None
+    if factor is None:
+        itself = len(call.args) > 1 and call.args[0] is call.args[1]
+        return Missing("a product of values", layer=itself or len(call.inputs) > 1)
+    square, mean = float(factor.square().mean()), float(factor.mean())
+    same = bool((factor == factor[0]).all())
+    out = m.with_(kernel=square * m.kernel, mean=mean * m.mean, gaussian=m.gaussian and same)
+    return Step(out, lambda g: [square * g])
+
+
+def _factor(call: Call, again: Callable[[Tensor], Any]) -> Tensor | None:
+    """What each unit is multiplied by, if a parameter or buffer does that and nothing else."""
+    m = call.inputs[0]
+    operands = [call.args[0], _argument(call, 1, "other")]
+    if not all(isinstance(v, Tensor) for v in operands) or operands[0] is operands[1]:
+        return None
+    shape = list(call.output.shape)
+    probe = again(torch.ones(shape, dtype=torch.float64, device=call.output.device))
+    if not isinstance(probe, Tensor) or list(probe.shape) != shape:
+        return None
+    rows = probe.detach().cpu().movedim(m.unit_dim, -1).reshape(-1, m.units)
+    return rows[0] if bool((rows == rows[:1]).all()) else None
 
 
 @_register("cat")
@@ -272,21 +338,34 @@ def relabel(call: Call, again: Callable[[Tensor], Any]) -> Step | Missing:
             left = tuple(rows.shape[:-1])
             rows, labels = rows.reshape(-1, rows.shape[-1]), labels.reshape(-1, labels.shape[-1])
             if whole:
-                if rows.shape[-1] == m.units and bool((labels == torch.arange(m.units)).all()):
-                    if bool((rows == rows[:, :1]).all()):
-                        return _select(m, rows[:, 0], left, d)
+                if bool((labels == labels[:1]).all()) and bool((rows == rows[:, :1]).all()):
+                    return _select(_some(m, labels[0]), rows[:, 0], left, d, m.units)
             elif bool((labels == labels[:1]).all()):
                 return _merge(m, rows, left, d)
     return Missing("a reshape that splits the units", layer=False)
 
 
-def _select(m: Moments, items: Tensor, lead: tuple[int, ...], unit_dim: int) -> Step | Missing:
-    """Each output item is one input item."""
+def _some(m: Moments, units: Tensor) -> Moments:
+    """Some of the units (a chunk), or all in another order; those of other chunks are independent of them."""
+    if len(units) == m.units and bool((units == torch.arange(m.units)).all()):
+        return m
+    part = f"[{hash(tuple(units.tolist())):x}]"
+    return m.with_(units=len(units), sources=frozenset(s + part for s in m.sources))
+
+
+def _select(m: Moments, items: Tensor, lead: tuple[int, ...], unit_dim: int, units: int) -> Step | Missing:
+    """Each output item is one input item; of its units some are left."""
+    share = m.units / units
     if m.full:
         out = m.with_(
             kernel=m.kernel[:, items][:, :, items], mean=m.mean[:, items], lead=lead, unit_dim=unit_dim
         )
-        return Step(out, lambda g: [torch.zeros_like(m.mean).index_add(1, items, g)])
+
+        def scatter(g: Tensor) -> list[Tensor]:
+            half = g.new_zeros(1, m.kernel.shape[1], len(items)).index_add_(1, items, share * g)
+            return [torch.zeros_like(m.kernel).index_add_(2, items, half)]
+
+        return Step(out, scatter)
     if lead[0] != m.samples:
         return Missing("a reshape across samples", layer=False)
     grid = items.reshape(m.samples, -1)
@@ -295,7 +374,7 @@ def _select(m: Moments, items: Tensor, lead: tuple[int, ...], unit_dim: int) -> 
         return Missing("a reshape across samples", layer=False)
     full = len(at) == 1
     out = m.with_(kernel=m.kernel[at], mean=m.mean[at], lead=lead, unit_dim=unit_dim, full=full)
-    return Step(out, lambda g: [torch.zeros_like(m.mean).index_add(0, at, g)])
+    return Step(out, lambda g: [torch.zeros_like(m.kernel).index_add_(0, at, share * g)])
 
 
 def _merge(m: Moments, rows: Tensor, lead: tuple[int, ...], unit_dim: int) -> Step | Missing:
@@ -318,11 +397,13 @@ def _merge(m: Moments, rows: Tensor, lead: tuple[int, ...], unit_dim: int) -> St
         full = True
 
     def backward(g: Tensor) -> list[Tensor]:
-        part = counts.double() / m.units
-        flat = torch.zeros(m.samples * m.positions, dtype=torch.float64)
-        for w, c in zip(part, columns, strict=True):
-            flat.index_add_(0, c, w * g[0])
-        return [flat[None] if m.full else flat.reshape(m.samples, -1).T]
+        back = torch.zeros_like(m.kernel)
+        for w, c in zip(counts.double() / m.units, columns, strict=True):
+            if m.full:
+                back[0][c[:, None], c] += w * g[0]
+            else:
+                back[c[0] % m.positions] += w * g[0]
+        return [back]
 
     out = m.with_(kernel=kernel, mean=mean, lead=lead, units=size, unit_dim=unit_dim, full=full)
     return Step(out, backward)

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from bolza.core.errors import ArgumentError, DivergenceError, ShapeError, UnsupportedError
 from bolza.core.reference import Reference, cites
 from bolza.core.system import System
+from bolza.meanfield.activations import resolve_activation
 from bolza.ops.krylov import Estimate
 from bolza.ops.noise import batch_statistics, each_sample_alone
 from bolza.ops.replay import differentiable_kernels, same_randomness
 
-__all__ = ["IsometryResult", "isometry"]
+__all__ = ["IsometryResult", "IsometryTheory", "isometry", "isometry_theory"]
 
 PENNINGTON = Reference(
     "pennington2017resurrecting",
@@ -38,6 +39,15 @@ PENNINGTON = Reference(
     2017,
     venue="NeurIPS",
     arxiv="1711.04735",
+)
+
+EMERGENCE = Reference(
+    "pennington2018emergence",
+    "Pennington, Jeffrey and Schoenholz, Samuel S. and Ganguli, Surya",
+    "The Emergence of Spectral Universality in Deep Networks",
+    2018,
+    venue="AISTATS",
+    arxiv="1802.09979",
 )
 
 _EXACT = 512  # smaller side of the Jacobian up to which it is formed
@@ -76,6 +86,74 @@ class IsometryResult:
     def relative_variance(self) -> float:
         """Var[s²] / (mean s²)²: zero at isometry up to a factor; what mean field theory predicts at χ₁ = 1."""
         return self.variance.value / self.mean_square.value**2 if self.mean_square.value else math.nan
+
+
+@dataclass(frozen=True)
+class IsometryTheory:
+    """The spectrum of J for infinite width.
+
+    Args:
+        mean_square: mean of s², χ₁^L.
+        variance: variance of s².
+        largest: upper edge of the spectrum of s.
+    """
+
+    mean_square: float
+    variance: float
+    largest: float
+
+
+@cites(PENNINGTON, EMERGENCE)
+def isometry_theory(
+    activation: Any, *, q: float, depth: int, orthogonal: bool = True, weight_var: float | None = None
+) -> IsometryTheory:
+    r"""Mean, variance and upper edge of the singular values of J = Π_l D_l W_l for infinite width.
+
+    With d = σ_w² φ'(√q z)² and its moment function M(x) = E d/(x − d), the edge is
+
+        s²_max = min over x > max d of  (1 + M)/M · (x M/(1 + M))^L       (orthogonal weights),
+                                        (1 + M)/M · (x M)^L               (Gaussian weights),
+
+    which for Gaussian weights and φ(h) = h is (L + 1)^(L+1) / L^L.
+
+    Args:
+        activation: anything `resolve_activation` reads.
+        q: variance of the pre-activations, the same in all layers.
+        depth: L, layers with weights and an activation.
+        orthogonal: orthogonal weights; Gaussian ones otherwise.
+        weight_var: σ_w²; the critical one, 1/E φ'², by default.
+
+    Returns:
+        IsometryTheory.
+
+    Raises:
+        ArgumentError: ``q`` or ``depth`` is not positive.
+
+    Reference: Pennington, Schoenholz & Ganguli (2018), eq. 12–14 for the moments; the edge from the product of
+    S-transforms of their section 3, at finite depth instead of its limit.
+
+    Example:
+        >>> theory = isometry_theory("linear", q=1.0, depth=5, orthogonal=False)
+        >>> round(theory.variance, 6), round(theory.largest**2, 3)
+        (5.0, 14.93)
+    """
+    if not (q > 0 and depth >= 1):
+        raise ArgumentError(f"q is {q} and depth {depth}: both must be positive")
+    act = resolve_activation(activation)
+    # the midpoint rule: no node on a kink at 0
+    nodes = torch.arange(-9 + 9 / 4000, 9, 18 / 4000, dtype=torch.float64)
+    weights = torch.exp(-nodes.square() / 2)
+    weights = weights / weights.sum()
+    slope = act.derivative(math.sqrt(q) * nodes).square()
+    d = slope * (1 / float(weights @ slope) if weight_var is None else weight_var)
+    mean = float(weights @ d)
+    spread = float(weights @ d.square()) / mean**2 - 1 + (not orthogonal)
+    top = float(d.max())
+    x = top * (1 + torch.logspace(-9, 3, 1200, dtype=torch.float64))
+    m = (weights * d / (x[:, None] - d)).sum(1)
+    ratio = torch.log(x * m / (1 + m)) if orthogonal else torch.log(x * m)
+    edge = (torch.log1p(1 / m) + depth * ratio).min()
+    return IsometryTheory(mean**depth, depth * spread * mean ** (2 * depth), float(torch.exp(edge / 2)))
 
 
 def _mean(values: Tensor) -> Estimate:

@@ -75,6 +75,12 @@ class Moments:
         """Mean correlation over pairs of different items; ``nan`` with one item."""
         return correlation_of(self.kernel)
 
+    @property
+    def c_samples(self) -> float:
+        """Mean correlation of two samples, each taken whole: over all its positions together."""
+        kernel = self.same_positions().kernel.mean(0, keepdim=True)
+        return correlation_of(kernel)
+
     def same_positions(self) -> Moments:
         """The layout that keeps only pairs at the same position."""
         if not self.full or self.positions == 1:

@@ -157,11 +157,15 @@ def _plain(pairs: list[tuple[LayerMoments, Visit]], layers: list[tuple[LayerMome
     keep = 1.0
     for row, visit in pairs:
         step = visit.step
-        if step is None or not (
-            step.weight_var is not None
-            or step.gain is not None
-            or "Pool" in row.kind
-            or row.kind in _HARMLESS
+        if (
+            step is None
+            or visit.sampled
+            or not (
+                step.weight_var is not None
+                or step.gain is not None
+                or "Pool" in row.kind
+                or row.kind in _HARMLESS
+            )
         ):
             return None
         if row.kind == "Dropout" and visit.layer is not None and visit.layer.training:

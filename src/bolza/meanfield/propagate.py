@@ -1,8 +1,10 @@
 r"""Signals and gradients through a given network: measured on a batch, beside mean-field theory.
 
 Theory carries K_ab = (1/n) Σ_i h_i^a h_i^b, the kernel of the samples of a small batch, through the
-traced graph, with each layer's actual weight and bias variances, and the variance of gradients back.
-A layer without a map is measured, named, and theory goes on from what was measured.
+traced graph, with each layer's actual weight and bias variances, and the kernel of gradients back. What has
+no closed form (gates, products, sums of dependent values) is predicted by running the network's own functions
+on units drawn from the kernels. A layer of weights without a map is measured, named, and theory goes on from
+what was measured.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from bolza.core.reference import cites
 from bolza.meanfield.fixed_point import POOLE, SCHOENHOLZ
 from bolza.meanfield.moments import estimate
 from bolza.meanfield.phase import Phase, phase_of
-from bolza.meanfield.walk import Visit, fallback_visits, real_pass, theory_pass
+from bolza.meanfield.predict import theory_pass
+from bolza.meanfield.walk import Visit, fallback_visits, real_pass
 
 __all__ = ["LayerMoments", "Propagation", "propagate"]
 
@@ -40,6 +43,7 @@ class LayerMoments:
         c_theory: mean correlation of two samples (or positions).
         c_measured: the same, measured.
         c_error: its standard error.
+        c_samples: theory's mean correlation of two samples taken whole, over all their positions together.
         grad_theory: mean square of the gradient at the output, from theory's recursion that starts at the
             network's output.
         grad_measured: the same, measured.
@@ -48,7 +52,8 @@ class LayerMoments:
         sigma_b2: mean(b²).
         chi_1: σ_w² E φ'² for a layer with weights and the activation that feeds it.
         source: ``"theory"``, or ``"measured"`` where theory has no map.
-        note: remark, such as the reason for measuring.
+        note: remark, such as the reason for measuring, or ``"by sampling"`` where theory comes from virtual
+            units and errs as they do.
 
     Example:
         >>> row = propagate(nn.Sequential(nn.Linear(8, 64), nn.Tanh()), torch.randn(10, 8)).layers[0]
@@ -65,6 +70,7 @@ class LayerMoments:
     c_theory: float
     c_measured: float
     c_error: float
+    c_samples: float
     grad_theory: float
     grad_measured: float
     grad_error: float
@@ -87,8 +93,8 @@ class Propagation:
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.MaxPool1d(2), nn.Linear(32, 5))
-        >>> [row.kind for row in propagate(net, torch.randn(10, 8)).unmapped]
-        ['MaxPool1d']
+        >>> [(row.kind, row.note) for row in propagate(net, torch.randn(10, 8)).layers][2:]
+        [('MaxPool1d', 'by sampling'), ('Linear', '')]
     """
 
     layers: tuple[LayerMoments, ...]
@@ -122,7 +128,7 @@ def propagate(
             from the output, which shows the same layer-to-layer ratios.
         max_samples: at most so many samples are used (fewer where there are many positions); theory
             looks at all their pairs.
-        seed: of dropout masks and of the random direction.
+        seed: of dropout masks, of the random direction and of virtual units.
 
     Returns:
         The layers and the phase. Errors of measured numbers are standard errors over the units of a
@@ -163,7 +169,7 @@ def propagate(
         visits, note = fallback_visits(model, args, objective, seed, error)
         notes = (note,)
     _check_finite(visits)
-    theory_pass(visits, model.training)
+    theory_pass(visits, model.training, seed)
     pairs = [(row, visit) for visit in visits.values() if (row := _row(visit, visits)) is not None]
     pairs = _distinct(pairs)
     return Propagation(tuple(row for row, _ in pairs), phase_of(pairs), samples, notes)
@@ -221,15 +227,15 @@ def _row(visit: Visit, visits: dict[Any, Visit]) -> LayerMoments | None:
     m, step = visit.moments, visit.step
     if m is None or visit.node.op == "placeholder":
         return None
-    if visit.missing is not None and not (visit.missing.layer or visit.layer is not None):
-        return None
-    reported = visit.layer is not None and not isinstance(
-        visit.layer, nn.Flatten | nn.Identity | nn.Unflatten
+    reported = visit.calls is not None and not isinstance(
+        visit.calls, nn.Flatten | nn.Identity | nn.Unflatten
     )
-    weights = step is not None and step.weight_var is not None
-    if step is not None and not (
-        reported or weights or step.gain is not None or visit.kind in ("add", "sub", "cat")
-    ):
+    if visit.missing is not None:
+        reported = reported or visit.missing.layer
+    if step is not None:
+        reported = reported or step.weight_var is not None or step.gain is not None
+        reported = reported or visit.kind in ("add", "sub", "cat")
+    if not reported:
         return None
     got = estimate(visit.value, m.unit_dim, m.full)
     grad = grad_error = math.nan
@@ -237,7 +243,8 @@ def _row(visit: Visit, visits: dict[Any, Visit]) -> LayerMoments | None:
         back = estimate(visit.gradient, m.unit_dim, m.full)
         grad, grad_error = back.q, back.q_error
     theory = visit.theory_gradient
-    note = visit.missing.reason if visit.missing else (step.note if step else "")
+    note = step.note if step is not None else visit.missing.reason if visit.missing is not None else ""
+    c = m.c
     return LayerMoments(
         name=visit.name,
         kind=visit.kind,
@@ -245,10 +252,11 @@ def _row(visit: Visit, visits: dict[Any, Visit]) -> LayerMoments | None:
         q_theory=m.q,
         q_measured=got.q,
         q_error=got.q_error,
-        c_theory=m.c,
+        c_theory=c,
         c_measured=got.c,
         c_error=got.c_error,
-        grad_theory=math.nan if theory is None else float(theory.mean()),
+        c_samples=c if m.positions == 1 else m.c_samples,
+        grad_theory=math.nan if theory is None else float(theory.diagonal(dim1=-2, dim2=-1).mean()),
         grad_measured=grad,
         grad_error=grad_error,
         sigma_w2=math.nan if step is None or step.weight_var is None else step.weight_var,

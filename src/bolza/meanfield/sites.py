@@ -20,10 +20,14 @@ WEIGHTED: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
     nn.MultiheadAttention,
     nn.RNNBase,
     nn.RNNCellBase,
     nn.Embedding,
+    nn.EmbeddingBag,
 )
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _THROUGH_MODULES = (
@@ -51,6 +55,8 @@ class Site:
         reading: the activation that reads it.
         sink_norm: path of the norm between it and the sum.
         space: positions of its input, for a convolution; empty if unknown.
+        feeder: path of the layer with weights that the feeding activation reads, at most through a norm;
+            empty if it reads anything else.
     """
 
     name: str
@@ -62,6 +68,7 @@ class Site:
     reading: Activation | None = None
     sink_norm: str = ""
     space: tuple[int, ...] = ()
+    feeder: str = ""
 
 
 def find_sites(model: nn.Module, example: Any) -> tuple[list[Site], int, str]:
@@ -97,11 +104,16 @@ def _from_order(model: nn.Module) -> list[Site]:
         before = leaves[i - 1][1] if i else None
         after = leaves[i + 1][1] if i + 1 < len(leaves) else None
         source, sink = _kind(before, "input"), _kind(after, "output")
+        behind = i - 2
+        if source == "activation" and i > 2 and isinstance(leaves[behind][1], NORMS):
+            behind -= 1
+        fed = source == "activation" and behind >= 0 and isinstance(leaves[behind][1], WEIGHTED)
         sites.append(Site(
             name, layer, source, sink,
             feeding=resolve_activation(before) if source == "activation" else None,  # type: ignore[arg-type]
             feeding_norm=source == "activation" and i > 1 and isinstance(leaves[i - 2][1], NORMS),
             reading=resolve_activation(after) if sink == "activation" else None,  # type: ignore[arg-type]
+            feeder=leaves[behind][0] if fed else "",
         ))  # fmt: skip
     return sites
 
@@ -228,10 +240,13 @@ def _from_graph(model: nn.Module, traced: Any) -> tuple[list[Site], int]:
         reading = graph.activation(first) if sink == "activation" and first is not None else None
         if name in ends:
             sink = "normed sum" if ends[name] else "sum"
-        feeding_norm = False
+        feeding_norm, feeder = False, ""
         if source == "activation" and back is not None:
             before = graph.behind(back)
             feeding_norm = before is not None and graph.kind(before) == "norm"
+            before = graph.behind(before) if feeding_norm and before is not None else before
+            if before is not None and isinstance(graph.layer(before), WEIGHTED):
+                feeder = str(before.target)
         space: tuple[int, ...] = ()
         if isinstance(layer, nn.modules.conv._ConvNd):
             value = node.all_input_nodes[0].meta.get("val")
@@ -240,6 +255,7 @@ def _from_graph(model: nn.Module, traced: Any) -> tuple[list[Site], int]:
             name, layer, "sum" if source == "cat" else source, sink,
             feeding=graph.activation(back) if source == "activation" and back is not None else None,
             feeding_norm=feeding_norm, reading=reading, sink_norm=ends.get(name, ""), space=space,
+            feeder=feeder,
         ))  # fmt: skip
     return sites, sums
 

@@ -3,7 +3,7 @@
 from bolza.models.convolutional import DenseBlock, ResidualBlock, cnn, densenet, resnet
 from bolza.models.make import NAMES, make
 from bolza.models.mlp import ACTIVATIONS, activation_module, mlp
-from bolza.models.recurrent import GRU, gru
+from bolza.models.recurrent import GRU, MinimalRNN, gru
 from bolza.models.transformers import GPT, TransformerBlock, VisionTransformer, gpt, vit
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "GRU",
     "NAMES",
     "DenseBlock",
+    "MinimalRNN",
     "ResidualBlock",
     "TransformerBlock",
     "VisionTransformer",

@@ -40,14 +40,17 @@ _CHUNK = 1 << 18  # function values held at a time (2 MB)
 _GAUSS_NODES = 20
 
 
-def expectation(f: Callable[[Tensor], Tensor], q: Tensor, kinks: Sequence[float] = ()) -> Tensor:
-    r"""Mean of ``f(h)`` over h ~ N(0, q), for every element of ``q``.
+def expectation(
+    f: Callable[[Tensor], Tensor], q: Tensor, kinks: Sequence[float] = (), mean: Tensor | None = None
+) -> Tensor:
+    r"""Mean of ``f(h)`` over h ~ N(mean, q), for every element of ``q``.
 
     Args:
         f: elementwise function of a float64 tensor. Between kinks it must be smooth on the scale
             1 (poles no nearer to the real axis than about 1.5, no oscillation faster than tanh's).
         q: variances, any shape, not negative.
         kinks: places where ``f`` or its first derivatives jump.
+        mean: of h, broadcast to the shape of ``q``; zero by default.
 
     Returns:
         Float64 tensor of the shape of ``q``; infinite or undefined variances give ``nan``.
@@ -61,17 +64,20 @@ def expectation(f: Callable[[Tensor], Tensor], q: Tensor, kinks: Sequence[float]
     flat = q.detach().to("cpu", torch.float64).reshape(-1)
     out = torch.full_like(flat, torch.nan)
     root = flat.clamp_min(0).sqrt()
+    centre = None if mean is None else mean.detach().to("cpu", torch.float64).expand(q.shape).reshape(-1)
     level = _levels(root)
     for lev in _groups(level):
         scale = _scale(lev)
         members = (level == lev).nonzero().squeeze(1)
         nodes = 4096 if lev == _WIDE else _line_size(scale, len(kinks))
         for part in _parts(members, _CHUNK // nodes):
+            off = None if centre is None else centre[part, None]
             if lev == _WIDE:
-                z, w = _composite(_wide_edges(root[part], kinks, _REACH, 9))
+                z, w = _composite(_wide_edges(root[part], kinks, _REACH, 9, off))
             else:
-                z, w = _line_rule(root[part], scale, kinks)
-            out[part] = (f(root[part, None] * z) * w).sum(-1)
+                z, w = _line_rule(root[part], scale, kinks, off)
+            h = root[part, None] * z
+            out[part] = (f(h if off is None else h + off) * w).sum(-1)
     return out.reshape(q.shape).to(q.device)
 
 
@@ -100,28 +106,31 @@ def _scale(level: int) -> float:
 
 def _line_size(scale: float, kinks: int) -> int:
     if kinks:
-        return (kinks + 1) * ceil(2 * _REACH * max(1.0, scale) / 2.25) * _GAUSS_NODES
+        return (kinks + ceil(2 * _REACH * max(1.0, scale) / 2.25)) * _GAUSS_NODES
     return 2 * ceil(_REACH * (_GAUSSIAN_BAND + _FUNCTION_BAND * scale) / (2 * pi)) + 1
 
 
-def _line_rule(root: Tensor, scale: float, kinks: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _line_rule(
+    root: Tensor, scale: float, kinks: Sequence[float], mean: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Nodes and weights for N(0, 1): shape (N,) without kinks, (len(root), N) with them."""
     if not kinks:
         return _trapezoid(_line_size(scale, 0) // 2, _REACH)
-    panels = _line_size(scale, len(kinks)) // (_GAUSS_NODES * (len(kinks) + 1))
-    at = torch.tensor(sorted(kinks), dtype=torch.float64) / root.clamp_min(1e-150)[:, None]
-    ends = torch.full((len(root), 1), _REACH, dtype=torch.float64)
-    edges = torch.cat([-ends, at.clamp(-_REACH, _REACH), ends], -1)
-    share = torch.arange(panels, dtype=torch.float64) / panels
-    fine = edges[:, :-1, None] + edges.diff(dim=-1)[..., None] * share  # (Q, pieces, panels)
-    return _composite(torch.cat([fine.flatten(1), ends], -1))
+    panels = _line_size(scale, len(kinks)) // _GAUSS_NODES - len(kinks)
+    places = torch.tensor(kinks, dtype=torch.float64)
+    at = (places if mean is None else places - mean) / root.clamp_min(1e-150)[:, None]
+    even = torch.linspace(-_REACH, _REACH, panels + 1, dtype=torch.float64).expand(len(root), -1)
+    return _composite(torch.cat([even, at.clamp(-_REACH, _REACH)], -1).sort(dim=-1).values)
 
 
-def _wide_edges(root: Tensor, kinks: Sequence[float], reach: float, panels: int) -> Tensor:
+def _wide_edges(
+    root: Tensor, kinks: Sequence[float], reach: float, panels: int, mean: Tensor | None = None
+) -> Tensor:
     """Edges in z for √q beyond 1024: width 2 in h near the origin, then widths that grow with |h|."""
     steps = ceil(log2(reach * float(root.max()) / 64) / log2(1.5)) + 1
     h = torch.cat([2.0 * torch.arange(1, 32), 64 * 1.5 ** torch.arange(steps)]).double()
     h = torch.cat([-h, torch.tensor([0.0, *kinks], dtype=torch.float64), h])
+    h = h if mean is None else h - mean
     uniform = torch.linspace(-reach, reach, panels + 1, dtype=torch.float64).expand(len(root), -1)
     return torch.cat([(h / root[:, None]).clamp(-reach, reach), uniform], -1).sort(dim=-1).values
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree
 
 from bolza.ops.batches import (
@@ -33,14 +33,14 @@ from bolza.ops.batches import (
     read,
     select_parameters,
 )
-from bolza.ops.errors import ArgumentError, DataError, DivergenceError, UnsupportedError
-from bolza.ops.persample import RULES, Block, Dense, gram, merge, storage
+from bolza.ops.errors import ArgumentError, DataError, DivergenceError
+from bolza.ops.factors import blocks_of, call_with, cut, vmapped, watching
+from bolza.ops.persample import Block, Dense, gram, storage
 from bolza.ops.replay import differentiable_kernels, frozen_statistics, same_randomness
 
 __all__ = ["Chunk", "PerSampleGradients", "each_sample_alone"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
-_VMAP_ROOM = 2**25  # numbers in the explicit gradients of one vmapped call
 Statistics = dict[nn.Module, tuple[Tensor, Tensor]]
 
 
@@ -92,8 +92,9 @@ def each_sample_alone(model: nn.Module, statistics: Statistics) -> Iterator[None
     modes = [(layer, layer.training) for layer in model.modules()]
     kept = [(layer, dict(layer._buffers)) for layer in statistics]
     try:
-        for layer, _ in modes:
-            layer.training = False
+        for layer, training in modes:
+            if training:
+                layer.training = False
         for layer, (mean, var) in statistics.items():
             layer._buffers["running_mean"], layer._buffers["running_var"] = mean, var
         yield
@@ -101,27 +102,8 @@ def each_sample_alone(model: nn.Module, statistics: Statistics) -> Iterator[None
         for layer, buffers in kept:
             layer._buffers.update(buffers)
         for layer, mode in modes:
-            layer.training = mode
-
-
-def call_with(model: nn.Module, values: dict[str, Tensor], x: Any) -> Any:
-    """Call the model with other parameters, named as ``named_parameters()`` names them.
-
-    A shared parameter is replaced wherever it occurs, each place once: a module that is registered twice
-    must not be swapped twice, or ``functional_call`` leaves the replacement behind.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    places = {}
-    for prefix, module in model.named_modules():  # each module once
-        for own, p in module._parameters.items():
-            if p is not None and names.get(id(p)) in values:
-                places[f"{prefix}.{own}" if prefix else own] = values[names[id(p)]]
-    args, kwargs = (x, {}) if isinstance(x, tuple) else ((), x) if isinstance(x, dict) else ((x,), {})
-    return functional_call(model, places, args, kwargs, tie_weights=False)
-
-
-def _cut(tree: Any, start: int, stop: int) -> Any:
-    return _pytree.tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) else leaf, tree)
+            if layer.training is not mode:
+                layer.training = mode
 
 
 @dataclass(frozen=True)
@@ -298,7 +280,7 @@ class PerSampleGradients:
                     differentiable_kernels(self._model),
                     same_randomness(self._seed + at, self.device),
                 ):
-                    part = self._chunk_of(_cut(x, at, at + self._chunk), _cut(y, at, at + self._chunk))
+                    part = self._chunk_of(cut(x, at, at + self._chunk), cut(y, at, at + self._chunk))
                 yield part  # outside, so that who reads it finds the model and the generator as they were
 
     def _chunk_of(self, x: Any, y: Any) -> Chunk:
@@ -306,60 +288,29 @@ class PerSampleGradients:
             self._untrusted = self._compare(x, y)
         blocks = self._factor(x, y, self.factored)[0] if self.factored else {}
         rest = [name for name in self.names if name not in blocks]
-        blocks |= self._vmapped(x, y, rest) if rest else {}
+        blocks |= vmapped(self._model, self._values, self._loss, x, y, rest) if rest else {}
         return Chunk({name: blocks[name] for name in self.names})
 
     def _factor(self, x: Any, y: Any, names: Iterable[str]) -> tuple[dict[str, Block], dict[str, Tensor]]:
         """Factors from one forward and backward pass, and the mean gradient from the same pass."""
         wanted = {name: self._values[name] for name in names}
-        owner = {id(value): name for name, value in wanted.items()}
         n = count_samples(x)
-        uses: dict[str, list[Block]] = {}
-        hooks = []
-
-        def watch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            entered = args[0] if args else next(iter(kwargs.values()), None)
-            mine = {own: owner[id(p)] for own, p in layer._parameters.items() if id(p) in owner}
-            if (
-                not mine
-                or not isinstance(entered, Tensor)
-                or not isinstance(out, Tensor)
-                or not out.requires_grad
-            ):
-                return
-            if entered.shape[:1] != (n,) or out.shape[:1] != (n,):
-                return
-            entered = entered.detach()
-
-            def came_back(p: Tensor) -> None:
-                with torch.no_grad():
-                    for own, block in RULES[type(layer)](layer, entered, p * n).items():
-                        if own in mine:
-                            uses.setdefault(mine[own], []).append(block)
-
-            # on the tensor, not the layer: it sees the value before a later layer overwrites it in place
-            out.register_hook(came_back)  # type: ignore[no-untyped-call]
-
-        for layer in self._model.modules():
-            if type(layer) in RULES:
-                hooks.append(layer.register_forward_hook(watch, with_kwargs=True))
-        try:
-            with torch.enable_grad():
-                value = checked_loss(self._loss(call_with(self._model, self._values, x), y))
-                if not value.requires_grad:
-                    raise ArgumentError(
-                        "the loss does not depend on any of the parameters: is the model detached?"
-                    )
-                slopes = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with watching(self._model, wanted, n) as uses, torch.enable_grad():
+            value = checked_loss(self._loss(call_with(self._model, self._values, x), y))
+            if not value.requires_grad:
+                raise ArgumentError(
+                    "the loss does not depend on any of the parameters: is the model detached?"
+                )
+            places = [*map(get_gradient_edge, wanted.values()), *(use.edge for use in uses)]
+            slopes = torch.autograd.grad(value, places, allow_unused=True)
         means = {
             name: torch.zeros_like(p) if slope is None else slope
-            for (name, p), slope in zip(wanted.items(), slopes, strict=True)
+            for (name, p), slope in zip(wanted.items(), slopes[: len(wanted)], strict=True)
         }
-        blocks: dict[str, Block] = {name: merge(found) for name, found in uses.items()}
-        for name, slope in zip(wanted, slopes, strict=True):
+        with torch.no_grad():
+            signals = [None if slope is None else slope * n for slope in slopes[len(wanted) :]]
+            blocks = blocks_of(uses, [signals])[0]
+        for name, slope in zip(wanted, slopes, strict=False):
             if slope is None:  # the loss does not see it
                 blocks[name] = Dense(means[name].new_zeros(n, 1).expand(n, means[name].numel()))
         return blocks, means
@@ -368,7 +319,7 @@ class PerSampleGradients:
         """Names whose factored gradients are missing, or wrong for the first or the last sample of a chunk."""
         n = count_samples(x)
         blocks, means = self._factor(x, y, self.names)
-        alone = [self._factor(_cut(x, i, i + 1), _cut(y, i, i + 1), self.names)[1] for i in (0, n - 1)]
+        alone = [self._factor(cut(x, i, i + 1), cut(y, i, i + 1), self.names)[1] for i in (0, n - 1)]
         self._check_mean(x, y)
         tol = 1e-3 if self.dtype == torch.float32 else 1e-8
         one = torch.eye(n, dtype=self.dtype, device=self.device)
@@ -387,9 +338,9 @@ class PerSampleGradients:
         """The loss of a few samples must be the mean of their losses."""
         few = min(3, count_samples(x))
         with torch.no_grad():
-            together = float(checked_loss(self._loss(apply(self._model, _cut(x, 0, few)), _cut(y, 0, few))))
+            together = float(checked_loss(self._loss(apply(self._model, cut(x, 0, few)), cut(y, 0, few))))
             one_by_one = [
-                float(checked_loss(self._loss(apply(self._model, _cut(x, i, i + 1)), _cut(y, i, i + 1))))
+                float(checked_loss(self._loss(apply(self._model, cut(x, i, i + 1)), cut(y, i, i + 1))))
                 for i in range(few)
             ]
         mean, total = sum(one_by_one) / few, sum(one_by_one)
@@ -403,42 +354,3 @@ class PerSampleGradients:
                 f"loss of {few} samples is {together:.6g}, but the mean of their losses is {mean:.6g} ({reason}): "
                 "gradient noise needs a loss that is the mean over samples, as with reduction='mean'"
             )
-
-    def _vmapped(self, x: Any, y: Any, names: list[str]) -> dict[str, Block]:
-        fixed = {name: value.detach() for name, value in self._values.items() if name not in names}
-        free = {name: self._values[name].detach() for name in names}
-
-        def value(free: dict[str, Tensor], x_one: Any, y_one: Any) -> Tensor:
-            x_one, y_one = (
-                _pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, tree)
-                for tree in (x_one, y_one)
-            )
-            return self._loss(call_with(self._model, fixed | free, x_one), y_one).reshape(())
-
-        def axes(tree: Any) -> Any:
-            return _pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tree)
-
-        def run(repeat: bool) -> list[dict[str, Tensor]]:
-            pieces = []
-            for at in range(0, count_samples(x), step):
-                xs, ys = _cut(x, at, at + step), _cut(y, at, at + step)
-                given = (
-                    {k: v.expand(count_samples(xs), *v.shape) for k, v in free.items()} if repeat else free
-                )
-                each = vmap(grad(value), (0 if repeat else None, axes(xs), axes(ys)), randomness="different")
-                pieces.append(each(given, xs, ys))
-            return pieces
-
-        step = max(1, _VMAP_ROOM // sum(value.numel() for value in free.values()))
-        try:
-            try:
-                pieces = run(repeat=False)
-            except RuntimeError:
-                # a layer that writes into a buffer it made from the weights (nn.LSTM does) needs them a sample each
-                pieces = run(repeat=True)
-        except (RuntimeError, NotImplementedError) as error:
-            raise UnsupportedError(
-                f"the gradient of each sample in {names[0]!r} can be had neither from layer inputs nor by "
-                f"torch.func.vmap ({str(error).splitlines()[0]}): choose other parameters with params=[...]"
-            ) from error
-        return {name: Dense(torch.cat([piece[name].flatten(1) for piece in pieces])) for name in names}

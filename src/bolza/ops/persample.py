@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["RULES", "Block", "Dense", "Lookup", "Outer", "Sum", "gram", "merge", "storage"]
+__all__ = ["RULES", "Block", "Dense", "Lookup", "Outer", "Signals", "Sum", "gram", "merge", "storage"]
 
 _ROOM = 2**24  # numbers in a temporary block of explicit gradients
 
@@ -234,6 +234,8 @@ def gram(a: Block, b: Block) -> Tensor:
 
 def merge(uses: Sequence[Block]) -> Block:
     """One block for a parameter that is used several times; steps of a recurrence become one sum over t."""
+    if len(uses) == 1:
+        return uses[0]
     outer = [use for use in uses if isinstance(use, Outer)]
     rest: list[Block] = [use for use in uses if not isinstance(use, Outer | Dense)]
     explicit = [use.values for use in uses if isinstance(use, Dense)]
@@ -258,25 +260,35 @@ def storage(blocks: Sequence[Block]) -> int:
 def _outer(x: Tensor, p: Tensor) -> Block:
     """Factors, or the gradients where those are smaller."""
     factors = Outer(x, p)
-    return Dense(factors.dense()) if x.shape[1] * (x.shape[2] + p.shape[2]) > factors.size else factors
+    smaller = x.shape[1] > 1 and x.shape[1] * (x.shape[2] + p.shape[2]) > factors.size
+    return Dense(factors.dense()) if smaller else factors
 
 
-# A rule turns what entered a layer and what came back to it into blocks, by the name of the parameter. It
-# returns nothing where the layer mixes samples or does more than the rule knows.
+# A rule takes a layer and what entered it, and gives what turns the signal that comes back into blocks, by the
+# name of the parameter. It is None, or a block is missing, where the layer mixes samples or does more than the
+# rule knows.
 
-Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Block]]
+Signals = Callable[[Tensor], dict[str, Block]]
+Rule = Callable[[nn.Module, Tensor], Signals | None]
 
 
-def _linear(layer: nn.Module, x: Tensor, p: Tensor) -> dict[str, Block]:
+def _linear(layer: nn.Module, x: Tensor) -> Signals | None:
     n = x.shape[0]
-    x, p = x.reshape(n, -1, x.shape[-1]), p.reshape(n, -1, p.shape[-1])
-    return {"weight": _outer(x, p), "bias": Dense(p[:, 0] if p.shape[1] == 1 else p.sum(1))}
+    if x.ndim < 2:
+        return None
+    x = x.reshape(n, -1, x.shape[-1])
+
+    def blocks(p: Tensor) -> dict[str, Block]:
+        p = p.reshape(n, -1, p.shape[-1])
+        return {"weight": _outer(x, p), "bias": Dense(p[:, 0] if p.shape[1] == 1 else p.sum(1))}
+
+    return blocks
 
 
-def _conv(layer: nn.Module, x: Tensor, p: Tensor) -> dict[str, Block]:
+def _conv(layer: nn.Module, x: Tensor) -> Signals | None:
     assert isinstance(layer, nn.Conv1d | nn.Conv2d)
     if x.ndim != 2 + len(layer.kernel_size):
-        return {}
+        return None
     n, groups = x.shape[0], layer.groups
     if any(layer._reversed_padding_repeated_twice):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -285,41 +297,49 @@ def _conv(layer: nn.Module, x: Tensor, p: Tensor) -> dict[str, Block]:
     shape = [(1, *value) if one else value for value in (layer.kernel_size, layer.dilation, layer.stride)]
     columns = F.unfold(x[:, :, None] if one else x, shape[0], dilation=shape[1], stride=shape[2])
     x = columns.reshape(n, groups, -1, columns.shape[-1])
-    p = p.reshape(n, groups, -1, columns.shape[-1])
-    if groups == 1:
-        weight = _outer(x[:, 0].mT, p[:, 0].mT)
-    else:
-        weight = Dense((p @ x.mT).flatten(1))
-    return {"weight": weight, "bias": Dense(p.sum(-1).flatten(1))}
+
+    def blocks(p: Tensor) -> dict[str, Block]:
+        p = p.reshape(n, groups, -1, columns.shape[-1])
+        weight = _outer(x[:, 0].mT, p[:, 0].mT) if groups == 1 else Dense((p @ x.mT).flatten(1))
+        return {"weight": weight, "bias": Dense(p.sum(-1).flatten(1))}
+
+    return blocks
 
 
 def _affine(normalise: Callable[[nn.Module, Tensor], Tensor], channels: bool) -> Rule:
     """Scale and shift after a normalisation: over channels (dimension 1), or over the last dimensions."""
 
-    def rule(layer: nn.Module, x: Tensor, p: Tensor) -> dict[str, Block]:
+    def rule(layer: nn.Module, x: Tensor) -> Signals | None:
         weight = layer.weight
-        if not isinstance(weight, Tensor):
-            return {}
-        if channels and x.ndim < 2:
-            return {}
+        if not isinstance(weight, Tensor) or (channels and x.ndim < 2):
+            return None
         over = tuple(range(2, x.ndim)) if channels else tuple(range(1, x.ndim - weight.ndim))
-        scaled = p * normalise(layer, x)
-        summed = (scaled.sum(over), p.sum(over)) if over else (scaled, p)
-        return {"weight": Dense(summed[0].flatten(1)), "bias": Dense(summed[1].flatten(1))}
+        normal = normalise(layer, x)
+
+        def blocks(p: Tensor) -> dict[str, Block]:
+            summed = ((p * normal).sum(over), p.sum(over)) if over else (p * normal, p)
+            return {"weight": Dense(summed[0].flatten(1)), "bias": Dense(summed[1].flatten(1))}
+
+        return blocks
 
     return rule
 
 
-def _embedding(layer: nn.Module, x: Tensor, p: Tensor) -> dict[str, Block]:
+def _embedding(layer: nn.Module, x: Tensor) -> Signals | None:
     assert isinstance(layer, nn.Embedding)
     if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
-        return {}
-    n = x.shape[0]
-    index, p = x.reshape(n, -1), p.reshape(n, -1, p.shape[-1])
-    if layer.padding_idx is not None:
-        p = p * (index != layer.padding_idx)[:, :, None]
-    table = Lookup(index, p, layer.num_embeddings)
-    return {"weight": Dense(table.dense()) if layer.num_embeddings <= index.shape[1] else table}
+        return None
+    n, entries, padding = x.shape[0], layer.num_embeddings, layer.padding_idx
+    index = x.reshape(n, -1)
+
+    def blocks(p: Tensor) -> dict[str, Block]:
+        p = p.reshape(n, -1, p.shape[-1])
+        if padding is not None:
+            p = p * (index != padding)[:, :, None]
+        table = Lookup(index, p, entries)
+        return {"weight": Dense(table.dense()) if entries <= index.shape[1] else table}
+
+    return blocks
 
 
 def _batch_norm(layer: nn.Module, x: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class PhaseMap:
             activation: anything that `bolza.meanfield.resolve_activation` reads.
             weight_range: lowest and highest σ_w².
             bias_range: lowest and highest σ_b².
-            points: columns of the grid; the rows are two thirds of them.
+            points: columns of the grid; the rows are two thirds of them. Half as many for a function with
+                kinks and a quarter for one that is sampled, which take longer.
 
         Raises:
             ArgumentError: a range is empty or negative, or the activation is not known.
@@ -77,6 +78,10 @@ class PhaseMap:
                     "must be the larger one."
                 )
         act = resolve_activation(activation)
+        if act.replicas:
+            act, points = act.replicas[0], points // 4
+        elif act.kinks and act.closed is None:
+            points //= 2
         weights = torch.linspace(*weight_range, points, dtype=torch.float64)
         share = torch.linspace(0, 1, 2 * points // 3, dtype=torch.float64)
         biases = (
@@ -137,8 +142,8 @@ def profile(activation: Any, bias_var: float, weight_range: tuple[float, float],
         ("σ_w²", "regime", "q*", "χ₁", "c*", "ξ_q", "ξ_c", "ξ_∇"),
         body,
         caption=(
-            "q*: variance that deep layers settle at.  χ₁: factor on the gradient's variance per layer.  "
-            "c*: correlation of two inputs deep down.\n"
+            "q*: variance that deep layers settle at.  χ₁: factor on the distance of near inputs, and, unless the "
+            "function jumps or is noisy, on the gradient's variance.  c*: correlation of two inputs deep down.\n"
             "ξ: layers in which the variance (q), the correlation (c), the gradient (∇) changes by a factor e."
         ),
         align=("right", "left", "right", "right", "right", "right", "right", "right"),

@@ -195,8 +195,8 @@ class ExampleTracer(Tracer):
         return root_fn, [self.root, *proxies]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is one operation of the graph."""
-        if module_qualified_name in self.opaque:
+        """Whether a module is one operation of the graph: of ``torch.nn``, or because its class says so."""
+        if module_qualified_name in self.opaque or getattr(type(m), "one_operation", False):
             return True
         if self.stacks and type(m) in _STACKS:
             return False

@@ -12,12 +12,15 @@ from bolza.training.loop import train
 from bolza.training.optimizers import default_loss, make_optimizer, optimizer_names
 from bolza.training.order import BatchOrder
 from bolza.training.run import Run
+from bolza.training.trainability import trainability_map
+from bolza.training.trained_map import TrainabilityMap
 
 __all__ = [
     "BatchOrder",
     "EnsembleRun",
     "InterruptGuard",
     "Run",
+    "TrainabilityMap",
     "default_loss",
     "ensemble_parameters",
     "first_nonfinite_gradient",
@@ -29,4 +32,5 @@ __all__ = [
     "save_tree",
     "train",
     "train_ensemble",
+    "trainability_map",
 ]
