@@ -1,16 +1,28 @@
 """Moments through random layers: phase, depth scales, isometry, critical initialisation."""
 
-from bolza.meanfield import attention_maps, cell_maps, recurrent_maps  # noqa: F401  (they register their layers)
 from bolza.meanfield.activations import Activation, activation_names, resolve_activation
 from bolza.meanfield.callables import sampled_activation
-from bolza.meanfield.conv_maps import ConvModes, conv_modes
 from bolza.meanfield.critical import CriticalLine, critical_line, critical_weight_var
 from bolza.meanfield.fixed_point import FixedPoint, correlation_map, fixed_point, length_map
-from bolza.meanfield.initialise import Initialisation, LayerInit, critical_init_
+from bolza.meanfield.initialisation.initialise import Initialisation, LayerInit, critical_init_
 from bolza.meanfield.isometry import IsometryResult, IsometryTheory, isometry, isometry_theory
-from bolza.meanfield.kernels import Linearized, empirical_ntk, linearized, two_layer_gram
-from bolza.meanfield.moment_maps import Call, Missing, Step, moment_map
-from bolza.meanfield.moments import Moments
+from bolza.meanfield.kernels import (
+    InfiniteKernels,
+    Linearized,
+    Posterior,
+    empirical_ntk,
+    gp_posterior,
+    infinite_kernels,
+    kernel_map,
+    linearized,
+    nngp,
+    ntk,
+    ntk_posterior,
+    two_layer_gram,
+)
+from bolza.meanfield.layers.conv_maps import ConvModes, conv_modes
+from bolza.meanfield.layers.moment_maps import Call, Missing, Step, moment_map
+from bolza.meanfield.layers.moments import Moments
 from bolza.meanfield.phase import Phase
 from bolza.meanfield.propagate import LayerMoments, Propagation, propagate
 from bolza.meanfield.quantised import QuantisedDepth, Staircase, quantised_depth, staircase
@@ -23,6 +35,7 @@ __all__ = [
     "ConvModes",
     "CriticalLine",
     "FixedPoint",
+    "InfiniteKernels",
     "Initialisation",
     "IsometryResult",
     "IsometryTheory",
@@ -32,6 +45,7 @@ __all__ = [
     "Missing",
     "Moments",
     "Phase",
+    "Posterior",
     "Propagation",
     "QuantisedDepth",
     "RecurrentFixedPoint",
@@ -46,11 +60,17 @@ __all__ = [
     "critical_weight_var",
     "empirical_ntk",
     "fixed_point",
+    "gp_posterior",
+    "infinite_kernels",
     "isometry",
     "isometry_theory",
+    "kernel_map",
     "length_map",
     "linearized",
     "moment_map",
+    "nngp",
+    "ntk",
+    "ntk_posterior",
     "propagate",
     "quantised_depth",
     "recurrent_fixed_point",

@@ -18,8 +18,8 @@ from bolza.meanfield.activations import Activation
 from bolza.meanfield.fixed_point import fixed_point
 
 if TYPE_CHECKING:
+    from bolza.meanfield.layers.walk import Visit
     from bolza.meanfield.propagate import LayerMoments
-    from bolza.meanfield.walk import Visit
 
 __all__ = ["TRAINABLE_DEPTH_SCALES", "Phase", "phase_of"]
 

@@ -21,10 +21,10 @@ from torch.utils import _pytree
 from bolza.core.errors import ArgumentError, DataError, DivergenceError, TraceError
 from bolza.core.reference import cites
 from bolza.meanfield.fixed_point import POOLE, SCHOENHOLZ
-from bolza.meanfield.moments import estimate
+from bolza.meanfield.layers.moments import estimate
+from bolza.meanfield.layers.predict import theory_pass
+from bolza.meanfield.layers.walk import Visit, fallback_visits, real_pass
 from bolza.meanfield.phase import Phase, phase_of
-from bolza.meanfield.predict import theory_pass
-from bolza.meanfield.walk import Visit, fallback_visits, real_pass
 
 __all__ = ["LayerMoments", "Propagation", "propagate"]
 

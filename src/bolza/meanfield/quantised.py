@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bolza.core.errors import ArgumentError
 from bolza.core.reference import Reference, cites
 from bolza.meanfield.activations import Activation
-from bolza.meanfield.moment_maps import Call, Missing, Step, activation_step, moment_map
+from bolza.meanfield.layers.moment_maps import Call, Missing, Step, activation_step, moment_map
 
 __all__ = ["BLUMENFELD", "QuantisedDepth", "Staircase", "quantised_depth", "staircase"]
 

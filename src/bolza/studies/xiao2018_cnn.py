@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from bolza.data import digits
 from bolza.meanfield import critical_init_
-from bolza.meanfield.initialise import XIAO
+from bolza.meanfield.initialisation.initialise import XIAO
 from bolza.report import Figure, log_axis, role
 from bolza.studies._study import Progress, Row, Scale, StudyResult
 

@@ -8,7 +8,7 @@ gradient grows by a power of the depth only.
 
 The theory here is exact in B: batch norm divides each unit by its own spread over the batch, and both the
 kernel of its outputs and that of its gradients are one-dimensional integrals
-(`bolza.meanfield.norm_maps.BatchStatistics`).
+(`bolza.meanfield.layers.norm_maps.BatchStatistics`).
 
 Reference: Yang, Pennington, Rao, Sohl-Dickstein & Schoenholz (2019), arXiv:1902.08129.
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bolza.core.reference import Reference
 from bolza.meanfield.closed_forms import RectifierForm
-from bolza.meanfield.norm_maps import BatchStatistics
+from bolza.meanfield.layers.norm_maps import BatchStatistics
 from bolza.report import Figure, role
 from bolza.studies._study import Progress, Row, Scale, StudyResult
 

@@ -15,7 +15,6 @@ from torch.fx.node import map_arg
 
 from bolza.core.errors import ArgumentError, UnsupportedError
 from bolza.meanfield.activations import ELEMENTWISE_MODULES
-from bolza.meanfield.function_maps import function_name
 from bolza.meanfield.kernels.kernel import Ends, Kernel, KernelCall, NeedsAllPairs, Values, spread
 from bolza.meanfield.kernels.kernel_functions import (
     WEIGHTED,
@@ -23,6 +22,7 @@ from bolza.meanfield.kernels.kernel_functions import (
     relabel,
 )
 from bolza.meanfield.kernels.kernel_maps import kernel_map
+from bolza.meanfield.layers.function_maps import function_name
 from bolza.systems.trace import trace, untouched
 from bolza.systems.tracer import ExampleTracer
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bolza.core.reference import Reference
-from bolza.meanfield.weights import assign
+from bolza.meanfield.initialisation.weights import assign
 from bolza.ops.replay import frozen_statistics, same_randomness
 
 __all__ = ["MISHKIN", "Goal", "balance", "correct_forward", "loose_parameters"]

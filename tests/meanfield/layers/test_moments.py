@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from bolza.meanfield.moments import correlation_of, estimate, measure
+from bolza.meanfield.layers.moments import correlation_of, estimate, measure
 
 
 def test_the_kernel_is_the_mean_product_over_units_in_both_layouts() -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from bolza.core.errors import ArgumentError
 from bolza.core.reference import Reference, cites
-from bolza.meanfield.moment_maps import Call, Missing, Step, moment_map
+from bolza.meanfield.layers.moment_maps import Call, Missing, Step, moment_map
 
 __all__ = ["ConvModes", "conv_modes", "conv_step"]
 

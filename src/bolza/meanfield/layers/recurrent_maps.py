@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from bolza.meanfield.activations import resolve_activation
-from bolza.meanfield.moment_maps import Call, Missing, Step, moment_map
-from bolza.meanfield.moments import Moments
-from bolza.meanfield.recurrent_path import Gate, GatedPath, PlainPath, cell_of
+from bolza.meanfield.layers.moment_maps import Call, Missing, Step, moment_map
+from bolza.meanfield.layers.moments import Moments
+from bolza.meanfield.layers.recurrent_path import Gate, GatedPath, PlainPath, cell_of
 
 __all__ = ["SAMPLED", "MinimalCell", "first_kernel", "gates_of", "once"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from bolza.core.errors import BolzaError
 from bolza.meanfield.activations import ELEMENTWISE_MODULES, FUNCTIONS, Activation, resolve_activation
-from bolza.meanfield.function_maps import MOVES, function_name
+from bolza.meanfield.layers.function_maps import MOVES, function_name
 from bolza.systems.trace import trace
 
 __all__ = ["Site", "find_sites"]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bolza.meanfield.activations import resolve_activation
-from bolza.meanfield.moment_maps import Call, Missing, Step, moment_map
-from bolza.meanfield.moments import Moments
-from bolza.meanfield.recurrent_maps import SAMPLED, first_kernel, gates_of, once
-from bolza.meanfield.recurrent_path import BackwardPath, GatedPath, cell_of
+from bolza.meanfield.layers.moment_maps import Call, Missing, Step, moment_map
+from bolza.meanfield.layers.moments import Moments
+from bolza.meanfield.layers.recurrent_maps import SAMPLED, first_kernel, gates_of, once
+from bolza.meanfield.layers.recurrent_path import BackwardPath, GatedPath, cell_of
 
 __all__: list[str] = []
 

@@ -3,10 +3,10 @@ import torch
 from torch import Tensor, nn
 
 from bolza.meanfield import Step, moment_map, propagate
-from bolza.meanfield.function_maps import function_name, relabel
-from bolza.meanfield.moment_maps import Call, Missing
-from bolza.meanfield.moments import measure
-from bolza.meanfield.norm_maps import BatchStatistics
+from bolza.meanfield.layers.function_maps import function_name, relabel
+from bolza.meanfield.layers.moment_maps import Call, Missing
+from bolza.meanfield.layers.moments import measure
+from bolza.meanfield.layers.norm_maps import BatchStatistics
 
 
 def test_batch_normalisation_of_a_gaussian_kernel_is_exact_for_small_batches() -> None:

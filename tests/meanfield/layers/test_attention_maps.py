@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bolza.meanfield import Call, Missing, Step, moment_map, propagate
-from bolza.meanfield.attention_maps import attention_step
-from bolza.meanfield.moments import measure
+from bolza.meanfield.layers.attention_maps import attention_step
+from bolza.meanfield.layers.moments import measure
 
 WIDTH, HEADS, LENGTH = 512, 64, 6
 

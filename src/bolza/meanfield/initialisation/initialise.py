@@ -25,12 +25,18 @@ from torch.utils import _pytree
 from bolza.core.errors import ArgumentError, BolzaError
 from bolza.core.reference import Reference, cites
 from bolza.meanfield.activations import resolve_activation
-from bolza.meanfield.correction import MISHKIN, Goal, balance, correct_forward, loose_parameters
 from bolza.meanfield.fixed_point import SCHOENHOLZ
+from bolza.meanfield.initialisation.correction import (
+    MISHKIN,
+    Goal,
+    balance,
+    correct_forward,
+    loose_parameters,
+)
+from bolza.meanfield.initialisation.plan import LayerInit, Plan, too_narrow
+from bolza.meanfield.initialisation.sites import NORMS, WEIGHTED, Site, _Graph, find_sites
+from bolza.meanfield.initialisation.weights import Drawer
 from bolza.meanfield.isometry import PENNINGTON
-from bolza.meanfield.plan import LayerInit, Plan, too_narrow
-from bolza.meanfield.sites import NORMS, WEIGHTED, Site, _Graph, find_sites
-from bolza.meanfield.weights import Drawer
 from bolza.ops.replay import frozen_statistics, same_randomness
 from bolza.systems.trace import trace
 

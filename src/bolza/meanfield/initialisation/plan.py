@@ -12,10 +12,10 @@ from torch import nn
 
 from bolza.core.errors import ArgumentError
 from bolza.meanfield.activations import Activation
-from bolza.meanfield.correction import Goal
 from bolza.meanfield.critical import critical_line
-from bolza.meanfield.sites import Site, padding_loss
-from bolza.meanfield.weights import Drawer, assign, mirror_slope
+from bolza.meanfield.initialisation.correction import Goal
+from bolza.meanfield.initialisation.sites import Site, padding_loss
+from bolza.meanfield.initialisation.weights import Drawer, assign, mirror_slope
 from bolza.ops.gaussian import expectation
 
 __all__ = ["LayerInit", "Plan", "too_narrow"]

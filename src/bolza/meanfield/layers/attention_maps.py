@@ -10,7 +10,8 @@ For large d the logits are Gaussian with covariance σ_q² σ_k² K ⊗ K; here 
 that their finite size counts too. Gradients go back through the same heads: by way of the values, the queries
 and the keys. What is left is sampling error, about 1/√units, and the spread between few heads.
 
-Attention that a network writes itself with `F.scaled_dot_product_attention` is sampled in `bolza.meanfield.virtual`.
+Attention that a network writes itself with `F.scaled_dot_product_attention` is sampled in
+`bolza.meanfield.layers.virtual`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from bolza.meanfield.activations import resolve_activation
-from bolza.meanfield.moment_maps import Call, Missing, Step, activation_step, dropout_step, moment_map
-from bolza.meanfield.moments import Moments
+from bolza.meanfield.layers.moment_maps import Call, Missing, Step, activation_step, dropout_step, moment_map
+from bolza.meanfield.layers.moments import Moments
 from bolza.ops.draws import white_draws
 
 __all__ = ["attention_step"]
@@ -208,7 +209,7 @@ def attention_step(
     networks*. Departure: heads of finite size.
 
     Example:
-        >>> from bolza.meanfield.moments import measure
+        >>> from bolza.meanfield.layers.moments import measure
         >>> layer = nn.MultiheadAttention(64, 8, batch_first=True)
         >>> step = attention_step(layer, [measure(torch.randn(2, 5, 64), 2)] * 3)
         >>> step.out.kernel.shape

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from bolza.core.errors import ArgumentError
 from bolza.meanfield import propagate
-from bolza.meanfield.conv_maps import Sliding, conv_modes
-from bolza.meanfield.moment_maps import Call, Step, moment_map
-from bolza.meanfield.moments import measure
+from bolza.meanfield.layers.conv_maps import Sliding, conv_modes
+from bolza.meanfield.layers.moment_maps import Call, Step, moment_map
+from bolza.meanfield.layers.moments import measure
 
 
 def test_modes_of_a_window_of_equal_taps() -> None:

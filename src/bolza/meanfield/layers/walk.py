@@ -19,9 +19,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree
 
 from bolza.core.errors import ArgumentError, TraceError
-from bolza.meanfield.function_maps import function_name
-from bolza.meanfield.moment_maps import Missing, Step
-from bolza.meanfield.moments import Moments
+from bolza.meanfield.layers.function_maps import function_name
+from bolza.meanfield.layers.moment_maps import Missing, Step
+from bolza.meanfield.layers.moments import Moments
 from bolza.ops.replay import differentiable_kernels
 from bolza.systems.trace import trace
 

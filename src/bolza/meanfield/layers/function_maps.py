@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from bolza.core.errors import BolzaError
 from bolza.meanfield import activations
-from bolza.meanfield.conv_maps import conv_step
-from bolza.meanfield.moment_maps import (
+from bolza.meanfield.layers.conv_maps import conv_step
+from bolza.meanfield.layers.moment_maps import (
     Call,
     Missing,
     Step,
@@ -23,8 +23,8 @@ from bolza.meanfield.moment_maps import (
     embedding_step,
     linear_step,
 )
-from bolza.meanfield.moments import Moments, measure
-from bolza.meanfield.norm_maps import averaged, batch_norm_step, unit_norm_step
+from bolza.meanfield.layers.moments import Moments, measure
+from bolza.meanfield.layers.norm_maps import averaged, batch_norm_step, unit_norm_step
 
 __all__ = ["FUNCTION_MAPS", "function_name", "relabel"]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bolza.meanfield import propagate
-from bolza.meanfield.norm_maps import BatchStatistics
+from bolza.meanfield.layers.norm_maps import BatchStatistics
 
 
 @pytest.mark.parametrize("batch", [4, 5, 8, 16, 64])

@@ -1,6 +1,6 @@
 """The theory of a traced network: moments forward, kernels of gradients backward, node by node.
 
-Each node is mapped in closed form where there is one, else by sampling (`bolza.meanfield.virtual`), else it
+Each node is mapped in closed form where there is one, else by sampling (`bolza.meanfield.layers.virtual`), else it
 is measured and theory goes on from the measurement.
 """
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from bolza.meanfield.function_maps import FUNCTION_MAPS, MOVES, activation_map, function_name, relabel
-from bolza.meanfield.moment_maps import Call, Missing, Step, moment_map
-from bolza.meanfield.moments import MAX_FULL_ITEMS, Moments, measure
-from bolza.meanfield.virtual import VirtualUnits, is_signal, unit_dim_of
-from bolza.meanfield.walk import Visit, evaluate
+from bolza.meanfield.layers.function_maps import FUNCTION_MAPS, MOVES, activation_map, function_name, relabel
+from bolza.meanfield.layers.moment_maps import Call, Missing, Step, moment_map
+from bolza.meanfield.layers.moments import MAX_FULL_ITEMS, Moments, measure
+from bolza.meanfield.layers.virtual import VirtualUnits, is_signal, unit_dim_of
+from bolza.meanfield.layers.walk import Visit, evaluate
 
 __all__ = ["REPORTED", "theory_pass"]
 
@@ -35,7 +35,7 @@ def theory_pass(visits: dict[fx.Node, Visit], training: bool, seed: int = 0) -> 
     """Fill in moments forward and kernels of gradients backward; measure where theory stops.
 
     Args:
-        visits: nodes with their real values and gradients, from `bolza.meanfield.walk.real_pass`.
+        visits: nodes with their real values and gradients, from `bolza.meanfield.layers.walk.real_pass`.
         training: whether dropout and batch statistics are on.
         seed: of the virtual units.
     """

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bolza.meanfield import Call, Missing, Propagation, moment_map, propagate, resolve_activation
-from bolza.meanfield.moments import measure
-from bolza.meanfield.recurrent_path import Gate, GatedPath, PlainPath, cell_of
+from bolza.meanfield.layers.moments import measure
+from bolza.meanfield.layers.recurrent_path import Gate, GatedPath, PlainPath, cell_of
 from bolza.models import MinimalRNN, gru
 
 WIDTH, STEPS = 512, 6

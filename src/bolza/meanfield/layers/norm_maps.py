@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bolza.meanfield.moment_maps import Call, Missing, Step, moment_map
-from bolza.meanfield.moments import Moments
+from bolza.meanfield.layers.moment_maps import Call, Missing, Step, moment_map
+from bolza.meanfield.layers.moments import Moments
 
 __all__ = ["BatchStatistics", "averaged", "pool_step", "unit_norm_step"]
 

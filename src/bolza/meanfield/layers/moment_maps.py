@@ -2,7 +2,7 @@ r"""How a layer maps second moments forward, and those of gradients backward.
 
 `moment_map` is open: it dispatches on the type of a module, and a user registers a layer of his own
 with ``@moment_map.register``. Functions (``F.relu``, ``torch.cat``, operators of exported graphs)
-have their maps in `bolza.meanfield.function_maps`. A map that cannot say anything returns a `Missing`
+have their maps in `bolza.meanfield.layers.function_maps`. A map that cannot say anything returns a `Missing`
 with the reason, and the layer is measured instead.
 
 Weights of different layers, and of the forward and the backward pass, count as independent.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bolza.meanfield.activations import ELEMENTWISE_MODULES, Activation, resolve_activation
-from bolza.meanfield.moments import Moments
+from bolza.meanfield.layers.moments import Moments
 
 __all__ = ["Call", "Missing", "Step", "moment_map"]
 
@@ -42,7 +42,7 @@ class Call:
             in ``output, (h, c)``.
 
     Example:
-        >>> from bolza.meanfield.moments import measure
+        >>> from bolza.meanfield.layers.moments import measure
         >>> x, layer = torch.randn(3, 8), nn.Linear(8, 16, bias=False)
         >>> step = moment_map(layer, Call("layer", (measure(x, 1),), (x,), {}, layer(x)))
         >>> bool(torch.isclose(step.out.variances[0, 0], step.weight_var * x[0].double().square().mean()))
@@ -74,7 +74,7 @@ class Step:
         note: remark for the reader.
 
     Example:
-        >>> from bolza.meanfield.moments import measure
+        >>> from bolza.meanfield.layers.moments import measure
         >>> Step(measure(torch.ones(2, 3), 1), lambda g: [g]).out.units
         3
     """

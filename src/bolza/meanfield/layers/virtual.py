@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from bolza.meanfield import activations
-from bolza.meanfield.function_maps import MOVES, function_name
-from bolza.meanfield.moment_maps import Step
-from bolza.meanfield.moments import MAX_FULL_ITEMS, Moments, measure
-from bolza.meanfield.walk import Visit, evaluate, seeded
+from bolza.meanfield.layers.function_maps import MOVES, function_name
+from bolza.meanfield.layers.moment_maps import Step
+from bolza.meanfield.layers.moments import MAX_FULL_ITEMS, Moments, measure
+from bolza.meanfield.layers.walk import Visit, evaluate, seeded
 from bolza.ops.draws import white_draws
 
 __all__ = ["VirtualUnits", "is_signal", "unit_dim_of"]
