@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from bolza.diagnosis.measure import measure
 from bolza.diagnosis.problem import prepare
+from bolza.diagnosis.propagation import findings, measure_propagation
 
 
 def by_name(model, data, **options):
@@ -78,7 +79,7 @@ def test_layers_that_are_called_twice_or_are_no_chain_are_measured_too():
             return self.head(h)
 
     rows = by_name(Recurrent(), (torch.randn(6, 3, 3), torch.arange(6) % 2))
-    assert list(rows) == ["cell", "cell[1]", "cell[2]", "head"]
+    assert list(rows) == ["cell", "cell#2", "cell#3", "head"]
     assert all(row.gradient > 0 for row in rows.values())
 
 
@@ -102,3 +103,55 @@ def test_convolutions_have_their_channels_as_units():
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 3))
     rows = by_name(model, (torch.randn(5, 1, 8, 8), torch.arange(5) % 3))
     assert rows["0"].units == 6 and rows["3"].units == 3
+
+
+class Reader(nn.Module):
+    def __init__(self, batch_first=True):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(8, 96, batch_first=batch_first), nn.Linear(96, 2)
+
+    def forward(self, x):
+        return self.head(self.rnn(x if self.rnn.batch_first else x.movedim(1, 0))[1][0][-1])
+
+
+def test_a_recurrent_module_of_which_only_the_last_state_is_read_has_its_gradient_measured_there():
+    model, x = Reader(), torch.randn(6, 3, 8)
+    row = by_name(model, (x, torch.arange(6) % 2))["rnn"]
+    h = model.rnn(x)[1][0][-1]
+    assert row.of_state
+    assert row.q == pytest.approx(float(h.detach().square().mean()), rel=1e-5)
+    (g,) = torch.autograd.grad(nn.functional.cross_entropy(model.head(h), torch.arange(6) % 2) * 6, h)
+    assert row.gradient == pytest.approx(float(g.square().sum(1).mean().sqrt()), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_gradient_at_each_step_of_a_recurrent_module_is_that_of_autograd(batch_first):
+    model, x = Reader(batch_first=batch_first).double(), torch.randn(6, 4, 8, dtype=torch.float64)
+    y = torch.arange(6) % 2
+    row = by_name(model, (x, y))["rnn"]
+    x.requires_grad_()
+    (g,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), x)
+    assert row.steps == pytest.approx(g.square().sum((0, 2)).sqrt().tolist(), rel=1e-5)
+
+
+def test_calls_of_a_cell_have_the_names_that_the_theory_gives_them():
+    class Looped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.GRUCell(3, 32), nn.Linear(32, 2)
+
+        def forward(self, x):
+            h = x.new_zeros(len(x), 32)
+            for t in range(3):
+                h = self.cell(x[:, t], h)
+            return self.head(h)
+
+    facts = measure_propagation(prepare(Looped(), (torch.randn(6, 3, 3), torch.arange(6) % 2)))
+    assert [row["source"] for row in facts.layers] == ["theory"] * 4
+
+
+def test_a_recurrent_module_that_forgets_its_first_steps_is_found():
+    problem = prepare(Reader(), (torch.randn(8, 60, 8), torch.arange(8) % 2))
+    found = {f.key: f for f in findings(measure_propagation(problem))}["propagation.time_ratio"]
+    assert found.verdict == "bad" and found.value < 1e-3
+    assert "gate" in found.remedy

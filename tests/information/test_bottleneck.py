@@ -100,3 +100,19 @@ def test_canonical_correlations_do_not_depend_on_the_units():
 def test_what_cannot_be_used_is_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_covariances_that_cannot_be_are_refused():
+    one = torch.eye(2)
+    with pytest.raises(ArgumentError, match="the correlation 2, above 1"):
+        canonical_correlations(one, 2 * one, one)
+    with pytest.raises(ArgumentError, match="cov_x holds numbers that are not finite"):
+        canonical_correlations(one * math.nan, one, one)
+    with pytest.raises(ShapeError):
+        canonical_correlations(torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0, 0))
+
+
+@pytest.mark.parametrize("beta", [math.inf, math.nan, -1.0])
+def test_a_price_that_is_no_number_is_refused(beta):
+    with pytest.raises(ArgumentError, match="must be finite and not negative"):
+        gaussian_bottleneck(0.5, beta)

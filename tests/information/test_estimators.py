@@ -136,3 +136,34 @@ def test_states_of_images_and_of_integers_are_taken():
 def test_what_cannot_be_used_is_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_narrow_bins_of_half_precision_do_not_overflow():
+    ramp = torch.arange(1, 65.0)[:, None]
+    assert binned_information(ramp.half(), width=1e-5).input == 6.0
+    with pytest.raises(ArgumentError, match="width=1e-30 is too small"):
+        binned_information(ramp, width=1e-30)
+
+
+def test_noise_beyond_the_range_of_the_states_is_refused():
+    with pytest.raises(ArgumentError, match="is too small"):
+        pairwise_information(torch.randn(8, 2).double() * 1e300, noise_var=0.1)
+    with pytest.raises(ArgumentError, match="is too small"):
+        pairwise_information(torch.randn(8, 2), noise_var=1e-320)
+
+
+def test_the_imaginary_part_of_a_state_counts():
+    phases = torch.polar(torch.ones(8), torch.tensor([0.5, -0.5]).repeat(4))[:, None]  # one real part
+    assert binned_information(phases, width=0.1).input == 1.0
+    assert pairwise_information(phases, noise_var=1e-6).input == pytest.approx(1.0)
+
+
+def test_edges_that_are_no_numbers_are_refused():
+    for edges in ([math.nan], [0.0, math.nan], [0.0, math.inf]):
+        with pytest.raises(ArgumentError, match="increasing numbers"):
+            binned_information(torch.randn(4, 2), edges=torch.tensor(edges))
+
+
+def test_equal_states_hold_no_information_and_nothing_below_it():
+    found = pairwise_information(torch.ones(64, 5), torch.arange(64) % 3, noise_var=0.1)
+    assert (found.input_lower, found.input_upper, found.output_lower, found.output_upper) == (0, 0, 0, 0)

@@ -1,8 +1,8 @@
 """Measured against predicted, for a network of width 512 of each kind of layer.
 
 The mean over networks of log(measured/predicted) is 0 within three of its standard errors and what finite
-width brings systematically, depth/width. The standard error comes from the spread over the networks, which
-cannot be less than what finite width brings at random, √(depth/width).
+width brings systematically, depth/width. The standard error is the spread over the networks; three of them
+mean the two-sided level 0.27 % for all rows of a network together, by quantiles of Student's t.
 """
 
 import math
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bolza.meanfield import propagate
+from bolza.meanfield import Staircase, propagate
 
-WIDTH, NETWORKS = 512, 6
+WIDTH, NETWORKS, LEVEL = 512, 16, 0.0027
+MORE = {"attention": 32}  # eight heads each: they vary more than 512 units do
 
 
 class Branches(nn.Module):
@@ -42,6 +43,39 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.inner(x).chunk(2, -1)
         return self.outer(F.silu(gate) * value)
+
+
+class Sequences(nn.Module):
+    """A layer over the positions of a sequence, between two linear ones."""
+
+    def __init__(self, layer: nn.Module, width: int = WIDTH) -> None:
+        super().__init__()
+        self.into, self.layer, self.head = nn.Linear(20, WIDTH), layer, nn.Linear(width, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.into(x)
+        if isinstance(self.layer, nn.MultiheadAttention):
+            return self.head(self.layer(h, h, h)[0])
+        return self.head(self.layer(h)[0] if isinstance(self.layer, nn.RNNBase) else self.layer(h))
+
+
+class Steps(nn.Module):
+    """A cell, step by step."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.head = cell, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.cell, nn.LSTMCell):
+            h, c = self.cell(x[:, 0])
+            for t in range(1, x.shape[1]):
+                h, c = self.cell(x[:, t], (h, c))
+        else:
+            h = self.cell(x[:, 0])
+            for t in range(1, x.shape[1]):
+                h = self.cell(x[:, t], h)
+        return self.head(h)
 
 
 def deep(*between: Callable[[], nn.Module], depth: int = 3, inputs: int = 20) -> nn.Sequential:
@@ -73,7 +107,7 @@ def _plain(activation: type[nn.Module]) -> Callable[[], nn.Module]:
     return lambda: deep(activation, depth=4)
 
 
-VECTOR, LINE, IMAGE, VOLUME = (8, 20), (4, 2, 8), (3, 2, 4, 4), (3, 2, 2, 2, 2)
+VECTOR, LINE, IMAGE, VOLUME, SERIES = (5, 20), (3, 2, 6), (2, 2, 4, 4), (2, 2, 2, 2, 2), (3, 4, 20)
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (_plain(nn.Identity), VECTOR),
     "tanh": (_plain(nn.Tanh), VECTOR),
@@ -102,15 +136,39 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "pre-norm": (lambda: nn.Sequential(nn.Linear(20, WIDTH), Branches(_pre_norm, 2)), VECTOR),
     "gates": (lambda: nn.Sequential(nn.Linear(20, WIDTH), Branches(lambda: Gate(WIDTH), 2)), VECTOR),
     "embedding": (lambda: nn.Sequential(nn.Embedding(11, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)), (4, 5)),
+    "quantised": (lambda: deep(lambda: Staircase(4, spacing=1.0), depth=4), VECTOR),
+    "rnn": (lambda: Sequences(nn.RNN(WIDTH, WIDTH, batch_first=True)), SERIES),
+    "gru": (lambda: Sequences(nn.GRU(WIDTH, WIDTH, batch_first=True)), SERIES),
+    "lstm": (lambda: Sequences(nn.LSTM(WIDTH, WIDTH, batch_first=True)), SERIES),
+    "lstm, both ways": (lambda: Sequences(nn.LSTM(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True)), SERIES),
+    "gru cell": (lambda: Steps(nn.GRUCell(20, WIDTH)), SERIES),
+    "lstm cell": (lambda: Steps(nn.LSTMCell(20, WIDTH)), SERIES),
+    "attention": (lambda: Sequences(nn.MultiheadAttention(WIDTH, 8, batch_first=True)), SERIES),
+    "encoder": (lambda: Sequences(nn.TransformerEncoderLayer(WIDTH, 8, WIDTH, 0.0, batch_first=True)), SERIES),
+    "encoder, pre-norm": (lambda: Sequences(nn.TransformerEncoderLayer(WIDTH, 8, WIDTH, 0.0, "gelu", batch_first=True,
+                                                                       norm_first=True)), SERIES),
 }  # fmt: skip
+
+
+def student(level: float, freedom: int) -> float:
+    """t with P(|T| > t) = level, by bisection of the integral over the density."""
+    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)  # T = √ν tan(angle)
+    mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
+    at = int(torch.searchsorted(mass / mass[-1], 1 - level))
+    return math.sqrt(freedom) * math.tan(float(angle[at]))
+
+
+def test_student_has_the_quantiles_of_the_tables() -> None:
+    assert student(0.05, 10) == pytest.approx(2.2281, abs=2e-3)
+    assert student(0.001, 15) == pytest.approx(4.0728, abs=2e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_networks_of_width_512_do_what_theory_says(kind: str) -> None:
     make, shape = KINDS[kind]
     gaps: dict[str, list[list[float]]] = {}
-    depth = 1
-    for seed in range(NETWORKS):
+    depth, networks = 1, MORE.get(kind, NETWORKS)
+    for seed in range(networks):
         torch.manual_seed(seed)
         model = make()
         for layer in model.modules():
@@ -128,8 +186,10 @@ def test_networks_of_width_512_do_what_theory_says(kind: str) -> None:
                 math.log(row.q_measured / row.q_theory), row.c_measured - row.c_theory,
                 math.log(row.grad_measured / row.grad_theory),
             ])  # fmt: skip
-    assert any(name for name in gaps)
+    assert gaps
+    wide = student(LEVEL / (3 * len(gaps)), networks - 1)
     for name, found in gaps.items():
-        t = torch.tensor(found)
-        error = t.std(0).clamp_min(math.sqrt(depth / WIDTH)) / math.sqrt(NETWORKS)
-        assert bool((t.mean(0).abs() < 3 * error + depth / WIDTH).all()), (name, t.mean(0), error)
+        t = torch.tensor(found, dtype=torch.float64)
+        t = t[:, ~t.isnan().all(0)]  # no theory of the gradient at the memory of a cell
+        error = t.std(0) / math.sqrt(networks)
+        assert bool((t.mean(0).abs() < wide * error + depth / WIDTH).all()), (name, t.mean(0), error)

@@ -216,6 +216,64 @@ def test_layers_without_a_map_are_named_and_theory_goes_on_from_the_measurement(
     assert result.layers[0].q_theory == pytest.approx(result.layers[0].q_measured)
 
 
+def test_layers_that_share_weights_are_measured_and_so_is_what_their_gradients_add_up_to() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block, self.head = nn.Linear(20, 200), nn.Linear(200, 200), nn.Linear(200, 50)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for _ in range(4):
+                x = x + self.block(x)
+            return self.head(x)
+
+    result = propagate(draw(Shared(), 1.0, 0.0), torch.randn(8, 20))
+    shared = [r for r in result.layers if r.name.startswith("block")]
+    assert len(shared) == 4 and all(r.source == "measured" and "another layer" in r.note for r in shared)
+    check(result, 6, 200)  # independent weights would be wrong by a factor: their sums add up in amplitude
+
+
+def test_an_embedding_that_is_also_the_head_is_measured() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(11, 96), nn.Linear(96, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embed(ids))
+
+    result = propagate(Tied(), torch.randint(11, (8, 10)))
+    assert [r.source for r in result.layers] == ["measured", "measured"]
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_running_statistics_of_these_very_weights_are_measured(gathered: bool) -> None:
+    model = draw(
+        nn.Sequential(nn.Linear(20, 300), nn.ReLU(), nn.Linear(300, 300), nn.BatchNorm1d(300)), 2.0, 0.1
+    )
+    x = torch.randn(64, 20)
+    if gathered:
+        for _ in range(20):
+            model(x)
+    else:
+        model[3].running_mean.normal_()
+    row = propagate(model.eval(), x[:8]).layers[3]
+    assert row.source == ("measured" if gathered else "theory")
+    assert row.q_theory == pytest.approx(row.q_measured, rel=0.2)
+
+
+def test_a_layer_that_is_the_whole_network_has_a_row_under_its_name() -> None:
+    x = torch.randn(4, 6, 64)
+    for layer, args in (
+        (nn.MultiheadAttention(64, 4, batch_first=True), (x, x, x)),
+        (nn.Linear(64, 32), (x[0],)),
+    ):
+        row = propagate(layer, args).layers[0]
+        assert row.name == row.kind == type(layer).__name__ and row.source == "theory"
+
+
 def test_densely_connected_layers_join_kernels_by_their_widths() -> None:
     class Dense(nn.Module):
         def __init__(self) -> None:
@@ -257,13 +315,13 @@ def test_an_exported_graph_has_theory_for_its_operators() -> None:
     class Steps(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(20, 300), nn.Linear(300, 300)
+            self.a, self.b, self.c = nn.Linear(20, 300), nn.Linear(300, 300), nn.Linear(300, 300)
             self.weight = nn.Parameter(torch.ones(300))
 
         def forward(self, x: Tensor) -> Tensor:
             h = torch.ops.aten.tanh.default(torch.ops.aten.linear.default(x, self.a.weight, self.a.bias))
             h = torch.ops.aten.linear.default(h, self.b.weight, self.b.bias)
-            h = torch.ops.aten.add.Tensor(h, torch.ops.aten.relu.default(self.b(h)))
+            h = torch.ops.aten.add.Tensor(h, torch.ops.aten.relu.default(self.c(h)))
             return torch.ops.aten.layer_norm.default(h, [300], self.weight)
 
     result = propagate(draw(Steps(), 1.5, 0.05), torch.randn(8, 20))

@@ -111,3 +111,16 @@ def test_a_noisy_regression_goes_from_drift_to_diffusion_and_the_run_is_not_dist
     assert 0 < found.value < 150 and found.error > 0
     with pytest.raises(ArgumentError, match="choose one of"):
         watch.curve("nothing")
+
+
+def test_a_reading_without_noise_does_not_overflow():
+    found = phase_transition([0, 1], [Estimate(math.inf, math.inf), Estimate(0.5, 0.1)])
+    assert found.value == pytest.approx(1.0) and math.isfinite(found.error)
+
+
+@pytest.mark.parametrize(
+    ("steps", "threshold"), [([0, 0], 1.0), ([10, 0], 1.0), ([0, 1], 0.0), ([0, 1], -1.0)]
+)
+def test_steps_that_do_not_increase_and_thresholds_below_zero_are_refused(steps, threshold):
+    with pytest.raises(ArgumentError, match="must"):
+        phase_transition(steps, [Estimate(2.0, 0.1), Estimate(0.5, 0.1)], threshold)

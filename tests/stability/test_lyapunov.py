@@ -349,3 +349,36 @@ def test_a_trajectory_that_leaves_every_bound_says_when():
     with pytest.raises(DivergenceError, match="finite") as caught:
         lyapunov_exponents(lambda x: x**2, torch.full((1, 1), 3.0), 60)
     assert caught.value.step is not None and caught.value.step < 20
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("k", 1.5), ("steps", 2.0), ("warmup", 1.0), ("every", 2.5), ("k", True)]
+)
+def test_a_number_that_is_not_whole_is_named(name, value):
+    with pytest.raises(ArgumentError, match=f"{name} is {value}: give a whole number"):
+        lyapunov_exponents(lambda x: x / 2, torch.ones(3), **({"steps": 10} | {name: value}))
+
+
+def test_a_state_that_is_not_finite_is_refused_although_the_tangent_is():
+    with pytest.raises(DivergenceError, match="holds nan"):
+        lyapunov_exponents(lambda x: x / 2, torch.tensor([1.0, math.nan]), 10)
+    with pytest.raises(DivergenceError, match="stopped being finite"):
+        lyapunov_exponents(lambda x: 1e5 * x, torch.ones(2), 100)  # beyond float32 after eight steps
+
+
+@pytest.mark.parametrize("x0", [torch.ones(0), torch.ones(0, 3)])
+def test_an_empty_state_is_refused(x0):
+    with pytest.raises(ShapeError, match="at least one sample"):
+        lyapunov_exponents(lambda x: x / 2, x0, 10)
+
+
+def test_a_step_without_a_state_or_a_derivative_is_refused():
+    with pytest.raises(UnsupportedError, match="step 0 gives NoneType"):
+        lyapunov_exponents(lambda x: None, torch.ones(3), 10)
+    with pytest.raises(UnsupportedError, match="differentiable operations of torch"):
+        lyapunov_exponents(lambda x: torch.from_numpy(x.numpy() * 0.5), torch.ones(3), 10)
+
+
+def test_inputs_that_are_no_sequence_are_refused():
+    with pytest.raises(ArgumentError, match="inputs is 3.0: give a sequence"):
+        lyapunov_exponents(lambda x, u: x / 2 + u, torch.ones(3), inputs=3.0)

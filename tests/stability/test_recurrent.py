@@ -181,3 +181,20 @@ def test_what_does_not_fit_a_module_is_named():
         lyapunov_exponents(nn.GRU(3, 4), torch.zeros(2, 1, 4), inputs=torch.randn(5, 1, 3))
     with pytest.raises(ArgumentError, match="steps is None"):
         lyapunov_exponents(nn.GRU(3, 4))
+
+
+def test_a_subclass_of_a_cell_is_read_as_that_cell():
+    class Own(nn.LSTMCell):
+        """Nothing new."""
+
+    torch.manual_seed(0)
+    cell, inputs = Own(3, 4), torch.randn(8, 2, 3)
+    plain = nn.LSTMCell(3, 4)
+    plain.load_state_dict(cell.state_dict())
+    found = [lyapunov_exponents(one, inputs=inputs).exponents for one in (cell, plain)]
+    assert torch.equal(*found) and len(found[0]) == 8
+
+
+def test_inputs_of_another_dtype_are_named():
+    with pytest.raises(ArgumentError, match="inputs is torch.float32, but GRU has weights of torch.float64"):
+        lyapunov_exponents(nn.GRU(3, 4).double(), inputs=torch.randn(5, 3))

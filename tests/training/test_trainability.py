@@ -12,6 +12,7 @@ from bolza.core.errors import ArgumentError, CheckpointError
 from bolza.data import Dataset, digits
 from bolza.models import mlp
 from bolza.training import BatchOrder, TrainabilityMap, ensemble_parameters, trainability_map
+from bolza.training.checkpoint import load_tree, save_tree
 from bolza.training.trainability import _Job
 
 DATA = digits()
@@ -193,3 +194,31 @@ def test_a_stack_stays_within_its_memory():
     job = _Job.of(DATA, [1.0], [100], 0.05, 100, "tanh", 0.1, 0.0, 64, 1, 1, 0, None)
     assert 3 <= job.stack(100) <= 8
     assert job.stack(10) > 40
+
+
+def test_two_functions_of_one_name_are_told_apart_in_a_folder(tmp_path):
+    kept = {"width": 4, "steps": 2, "folder": tmp_path}
+    first = trainability_map(digits(), [1.0], [2], activation=lambda x: 2 * x, **kept)
+    with pytest.raises(CheckpointError, match="differs in activation"):
+        trainability_map(digits(), [1.0], [2], activation=lambda x: 3 * x, **kept)
+    again = trainability_map(digits(), [1.0], [2], activation=lambda x: 2 * x, **kept)
+    assert torch.equal(first.train_loss, again.train_loss)
+
+
+def test_a_file_of_another_depth_or_without_results_is_refused(tmp_path):
+    kept = {"width": 4, "steps": 2, "folder": tmp_path}
+    trainability_map(digits(), [1.0], [3], **kept)
+    path = tmp_path / "depth-00002.safetensors"
+    (tmp_path / "depth-00003.safetensors").rename(path)
+    with pytest.raises(CheckpointError, match="does not hold the results of depth 2"):
+        trainability_map(digits(), [1.0], [2], **kept)
+    save_tree({k: v for k, v in load_tree(path).items() if k != "result"} | {"depth": 2}, path)
+    with pytest.raises(CheckpointError, match="does not hold the results of depth 2"):
+        trainability_map(digits(), [1.0], [2], **kept)
+
+
+def test_depths_may_be_a_tensor_and_one_number_is_refused():
+    found = trainability_map(digits(), [1.0], torch.tensor([1, 2]), width=4, steps=1)
+    assert found.depths == (1, 2)
+    with pytest.raises(ArgumentError, match="depths=3 must be a list"):
+        trainability_map(digits(), [1.0], 3, width=4, steps=1)

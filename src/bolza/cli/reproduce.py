@@ -133,9 +133,24 @@ def _listing() -> Document:
 
 
 def _overview(results: list[StudyResult]) -> Document:
-    from bolza.report import Document, Section
+    from bolza.report import Cell, Document, Section, Table
 
     ordered = sorted(results, key=lambda r: r.key)
     holding = sum(r.holds is True for r in ordered)
-    parts = [Section(f"{r.key}: {r.title}", [*r.document().parts], lead=r.claim) for r in ordered]
+    rows = []
+    for r in ordered:
+        verdicts = [row.holds for row in r.rows]
+        failed, open_ = verdicts.count(False), verdicts.count(None)
+        rows.append(
+            (
+                Cell(r.key, note=r.title),
+                str(verdicts.count(True)),
+                Cell(str(open_), "info" if open_ else ""),
+                Cell(str(failed), "bad" if failed else ""),
+                f"{r.seconds:.0f} s",
+            )
+        )
+    align: Any = ("left", *("right",) * 4)
+    parts: list[Any] = [Table("", ("study", "claims that hold", "open", "do not", "time"), rows, align=align)]
+    parts += [Section(f"{r.key}: {r.title}", [*r.document().parts], lead=r.claim) for r in ordered]
     return Document("What holds", f"{holding} of {len(ordered)} studies hold in full.", parts)

@@ -231,17 +231,21 @@ def _layers(facts: Mapping[str, Any]) -> Table | None:
                 row["name"],
                 row["kind"],
                 plus_minus(row["q"], row["q_error"]),
-                number(row["q_theory"]),
+                _predicted(row, "q"),
                 plus_minus(row["c"], row["c_error"]),
-                number(row["c_theory"]),
+                _predicted(row, "c"),
                 plus_minus(row["gradient"], row["gradient_error"]),
-                number(row["gradient_theory"]),
+                _predicted(row, "gradient"),
             ]
             for row in rows
         ],
         align=["left", "left", "right", "right", "right", "right", "right", "right"],
         fold=0,
     )
+
+
+def _predicted(row: Mapping[str, Any], name: str) -> str:
+    return "measured only" if row["source"] == "measured" else number(row[f"{name}_theory"])
 
 
 def _part(facts: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,6 +15,10 @@ Facts = Mapping[str, Any]
 _BEFORE = {"color": role("first"), "marker": "x", "markersize": 4.5, "markeredgewidth": 1.4}
 _AFTER = {"color": role("second"), "marker": "o", "markersize": 3.6}
 _THIRD = {"color": role("third"), "marker": "^", "markersize": 4.0}
+_LEGEND = (
+    "Crosses and dots are measured on the batch, with one standard error; broken lines are mean-field theory, "
+    "with a gap where a layer has none."
+)
 
 
 def signal(facts: Facts, treated: Facts | None) -> Figure | None:
@@ -37,15 +41,14 @@ def signal(facts: Facts, treated: Facts | None) -> Figure | None:
         cs = [v for _, rows, _ in runs for v in (*_values(rows, "c"), *_values(rows, "c_theory"))]
         right.set_ylim(min(0.0, *cs) - 0.03 if cs else 0, 1.03)
         for axes in (left, right):
-            axes.set_xlabel("layer")
+            _layer_axis(axes)
 
     rows = runs[0][1]
     return Figure(
         "How far the signal gets",
         draw,
-        "Crosses and dots are measured on the batch, with one standard error; broken lines are mean-field "
-        "theory. A variance that "
-        "falls to zero or a correlation that runs to one means that different inputs look the same to later layers.",
+        f"{_LEGEND} A variance that falls to zero or a correlation that runs to one means that different "
+        "inputs look the same to later layers.",
         alt=_spoken("The variance of the signal", rows, "q", runs)
         + " "
         + _spoken("The correlation", rows, "c", runs),
@@ -64,17 +67,17 @@ def gradient(facts: Facts, treated: Facts | None) -> Figure | None:
         axes = fig.subplots()
         _series(axes, runs, "gradient")
         log_axis(axes)
-        axes.set_xlabel("layer")
+        _layer_axis(axes)
         axes.set_ylabel("norm of ∂loss/∂pre-activation")
         axes.set_title("Gradient that reaches each layer")
 
     rows = runs[0][1]
+    point = facts.get("phase") or {}
+    slope = "In a chain of equal layers it is a straight line, √χ₁ a layer." if point.get("plain") else ""
     return Figure(
         "How much gradient comes back",
         draw,
-        "Root mean square over the samples, with one standard error; broken lines are the mean-field theory, "
-        "which predicts "
-        "a straight line with the slope of √χ₁ a layer. Level is healthy.",
+        f"Root mean square over the samples. {_LEGEND} {slope} Level is healthy.",
         alt=_spoken("The gradient norm", rows, "gradient", runs),
         size=(9.2, 3.2),
         sketch=f"gradient     {_span(rows, 'gradient')}",
@@ -172,7 +175,7 @@ def spectra(facts: Facts, treated: Facts | None) -> Figure | None:
         left.axhline(1.0, color=role("muted"), linewidth=0.8, linestyle="--")
         left.set_title("Input–output Jacobian")
         left.set_xlabel("singular value, from the largest")
-        left.xaxis.get_major_locator().set_params(integer=True)
+        _whole_numbers(left)
         left.set_ylabel("size (1 = isometry)")
         if left.get_legend_handles_labels()[0]:
             left.legend()
@@ -231,11 +234,11 @@ def noise(facts: Facts, treated: Facts | None) -> Figure | None:
         left.set_title("Covariance of the per-sample gradient")
         left.set_xlabel("eigenvalue, from the largest")
         left.set_ylabel("size")
-        left.xaxis.get_major_locator().set_params(integer=True)
+        _whole_numbers(left)
         if left.get_legend_handles_labels()[0]:
             left.legend()
         right.set_title("Signal to noise, by layer")
-        right.set_xlabel("layer, from the input")
+        _layer_axis(right)
         right.set_ylabel("|mean gradient|² / trace of covariance")
 
     return Figure(
@@ -371,6 +374,18 @@ def _runs(facts: Facts, treated: Facts | None) -> list[tuple[str, Sequence[Facts
     return [run for run in runs if run[1]]
 
 
+def _layer_axis(axes: Any) -> None:
+    axes.set_xlabel("layer, from the input")
+    _whole_numbers(axes)
+
+
+def _whole_numbers(axes: Any) -> None:
+    low, high = axes.get_xlim()
+    if high - low < 1.5:  # one value alone
+        axes.set_xlim(math.floor(low), math.ceil(high))
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
 def _known(rows: Sequence[Facts], name: str) -> bool:
     return any(row.get(name) is not None for row in rows)
 
@@ -394,15 +409,19 @@ def _series(axes: Any, runs: Sequence[Any], name: str, legend: bool = True) -> N
             axes.errorbar(
                 xs, ys, yerr=errors, linestyle="none", elinewidth=0.9, label=f"{label}, measured", **style
             )
-        theory = [
-            (i, row[f"{name}_theory"])
-            for i, row in enumerate(rows, 1)
-            if row.get(f"{name}_theory") is not None
-        ]
-        if theory:
+        theory = [row.get(f"{name}_theory") for row in rows]
+        if _known(rows, f"{name}_theory"):
+            alone = [  # a layer between two that are not covered would be a line of no length
+                v is not None and all(w is None for w in (*theory[max(i - 1, 0) : i], *theory[i + 1 : i + 2]))
+                for i, v in enumerate(theory)
+            ]
             axes.plot(
-                *zip(*theory, strict=True),
+                range(1, len(rows) + 1),
+                [math.nan if v is None else v for v in theory],  # broken where a layer is not covered
                 linestyle="--",
+                marker="_",
+                markersize=9,
+                markevery=alone,
                 linewidth=1.3,
                 color=style["color"],
                 label=f"{label}, theory",

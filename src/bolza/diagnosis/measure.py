@@ -31,7 +31,7 @@ class Layer:
     """What was measured on one layer.
 
     Args:
-        name: of the module; ``name[2]`` for its third call.
+        name: of the module; ``name#2`` for its second call.
         kind: class of the module.
         units: width: channels, or features.
         numbers: pre-activations of one sample: units times positions.
@@ -41,6 +41,8 @@ class Layer:
         c_error: its jackknife error over groups of units.
         gradient: root mean square over the samples of the norm of the loss gradient.
         gradient_error: its standard error over the samples.
+        steps: of a recurrent module, norm of the gradient at its input, step by step.
+        of_state: whether a recurrent module was measured at its last state, the output not being used.
     """
 
     name: str
@@ -53,7 +55,10 @@ class Layer:
     c_error: float | None
     gradient: float | None = None
     gradient_error: float | None = None
+    steps: list[float] | None = None
+    of_state: bool = False
     _gradients: list[Tensor] = field(default_factory=list, repr=False)
+    _state: _State | None = field(default=None, repr=False)
 
 
 def measure(problem: Problem) -> list[Layer]:
@@ -66,18 +71,41 @@ def measure(problem: Problem) -> list[Layer]:
         The layers in the order in which they ran.
     """
     rows: list[Layer] = []
-    with torch.enable_grad(), frozen_statistics(problem.model), _hooks(problem.model, rows):
+    with torch.enable_grad(), frozen_statistics(problem.model), _hooks(problem.model, rows) as leaves:
         loss = problem.loss(problem.model(problem.x), problem.y)
-        torch.autograd.grad(loss, problem.parameters, allow_unused=True)
+        torch.autograd.grad(loss, [*problem.parameters, *leaves], allow_unused=True)
     for row in rows:
+        if not row._gradients and row._state is not None:  # the network reads the last state, not the output
+            _move_to_state(row)
         if row._gradients:
             _note_gradient(row, row._gradients.pop(), len(problem.x))
     return rows
 
 
+@dataclass
+class _State:
+    value: Tensor
+    gradients: list[Tensor] = field(default_factory=list)
+
+
+def _move_to_state(row: Layer) -> None:
+    state = row._state
+    if state is None or not state.gradients:
+        return
+    there = _describe(row.name, row.kind, state.value)
+    row.q, row.q_error, row.c, row.c_error, row.numbers = (
+        there.q, there.q_error, there.c, there.c_error, there.numbers,
+    )  # fmt: skip
+    row.of_state = True
+    row._gradients.append(state.gradients.pop())
+
+
 @contextmanager
-def _hooks(model: nn.Module, rows: list[Layer]) -> Iterator[None]:
+def _hooks(model: nn.Module, rows: list[Layer]) -> Iterator[list[Tensor]]:
+    """Watch all layers; what is given collects the inputs that are to be differentiated besides the parameters."""
+    leaves: list[Tensor] = []
     calls: dict[str, int] = {}
+    inputs: dict[str, Tensor] = {}
     handles = []
 
     def watch(module: nn.Module, name: str, kind: str) -> None:
@@ -86,21 +114,54 @@ def _hooks(model: nn.Module, rows: list[Layer]) -> Iterator[None]:
             if not isinstance(h, Tensor) or not h.is_floating_point() or h.ndim < 2:
                 return
             calls[name] = calls.get(name, 0) + 1
-            row = _describe(name if calls[name] == 1 else f"{name}[{calls[name] - 1}]", kind, h.detach())
+            # the same names as in `bolza.meanfield.propagate`, so that each call finds its theory
+            row = _describe(name if calls[name] == 1 else f"{name}#{calls[name]}", kind, h.detach())
             rows.append(row)
             if h.requires_grad:
                 h.register_hook(lambda g: row._gradients.append(g.detach()))
+            if isinstance(module, nn.RNNBase):
+                _watch_state(row, module, output)
+                if name in inputs:
+                    inputs.pop(name).register_hook(lambda g: setattr(row, "steps", _by_step(module, g)))
 
+        def before(_: nn.Module, args: tuple[object, ...]) -> tuple[object, ...] | None:
+            x = args[0] if args else None
+            if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 3:
+                return None
+            if not x.requires_grad:
+                x = x.detach().requires_grad_()
+                leaves.append(x)
+            inputs[name] = x
+            return (inputs[name], *args[1:])
+
+        if isinstance(module, nn.RNNBase):
+            handles.append(module.register_forward_pre_hook(before))
         handles.append(module.register_forward_hook(hook))
 
     for name, module in model.named_modules():
         if _has_weights(module):
             watch(module, name or type(module).__name__, type(module).__name__)
     try:
-        yield
+        yield leaves
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _watch_state(row: Layer, module: nn.RNNBase, output: object) -> None:
+    """Follow the last hidden state, ``(layers, samples, units)``, with the samples first."""
+    state = output[1] if isinstance(output, tuple) and len(output) == 2 else None
+    h = state[0] if isinstance(state, tuple) else state
+    if not isinstance(h, Tensor) or h.ndim != 3 or not h.requires_grad:
+        return
+    kept = row._state = _State(h.detach().movedim(1, 0))
+    h.register_hook(lambda g: kept.gradients.append(g.detach().movedim(1, 0)))
+
+
+def _by_step(module: nn.RNNBase, g: Tensor) -> list[float]:
+    g = g.detach().double() if module.batch_first else g.detach().double().movedim(1, 0)
+    scale = float(g.abs().max()) or 1.0  # squares of vanishing gradients underflow
+    return [float(v) for v in scale * (g / scale).square().sum(dim=(0, 2)).sqrt()]
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -41,6 +41,7 @@ class Propagation:
         gradient_ratio: gradient norm at the first layer over that at the last.
         gradient_ratio_error: its standard error.
         notes: what could not be done, in words.
+        over_time: of each recurrent module, the norm of the gradient at its input, step by step.
     """
 
     layers: Sequence[Mapping[str, Any]]
@@ -49,6 +50,7 @@ class Propagation:
     gradient_ratio: float | None
     gradient_ratio_error: float | None
     notes: tuple[str, ...] = field(default=())
+    over_time: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def uncovered(self) -> list[str]:
@@ -72,13 +74,16 @@ def measure_propagation(problem: Problem) -> Propagation:
     jacobian, trouble = jacobian_spectrum(problem)
     notes = (*remarks, trouble) if trouble else tuple(remarks)
     ratio, error = _ratio(measured)
-    return Propagation(rows, phase, jacobian, ratio, error, notes)
+    over_time = {layer.name: layer.steps for layer in measured if layer.steps and len(layer.steps) > 1}
+    return Propagation(rows, phase, jacobian, ratio, error, notes, over_time)
 
 
 def _row(layer: Layer, theory: Mapping[str, Any]) -> dict[str, Any]:
     fields = ("name", "kind", "units", "q", "q_error", "c", "c_error", "gradient", "gradient_error")
     row = {name: getattr(layer, name) for name in fields}
     row |= {name: theory.get(name) for name in ("q_theory", "c_theory", "sigma_w2", "sigma_b2", "chi_1")}
+    if layer.of_state:  # the theory's pairs of samples are those of the whole sequence
+        row["c_theory"] = None
     variance = theory.get("gradient_variance_theory")
     row["gradient_theory"] = None if variance is None else math.sqrt(variance * layer.numbers)
     row["source"] = "theory" if row["q_theory"] is not None else "measured"
@@ -287,7 +292,8 @@ def _measured_findings(facts: Propagation) -> list[Finding]:
     if (finding := _gradient_finding(facts)) is not None:
         out.append(finding)
     first, last = facts.layers[0], facts.layers[-2 if len(facts.layers) > 1 else -1]
-    if first["q"] > 0:
+    out += _time_findings(facts)
+    if first["q"] > 0 and last is not first:
         ratio = last["q"] / first["q"]
         tone: Verdict = "good" if 1e-2 < ratio < 1e2 else "warn" if 1e-4 < ratio < 1e4 else "bad"
         out.append(
@@ -334,12 +340,15 @@ def _gradient_finding(facts: Propagation) -> Finding | None:
     elif verdict == "good":
         text = f"The first layer gets {number(ratio)} times the gradient of the last: both learn."
     elif ratio < 1:
-        text = f"The first layer gets {number(ratio)} of the gradient of the last: it stays as it was drawn."
+        effect = "it stays as it was drawn" if verdict == "bad" else "it learns slowly"
+        text = f"The first layer gets {number(ratio)} of the gradient of the last: {effect}."
     else:
         text = f"The first layer gets {number(ratio)} times the gradient of the last: no step suits both."
-    remedy = (
-        "" if verdict == "good" else "Start on the critical line, or add skip connections and normalisation."
-    )
+    calls = len({row["name"].split("#")[0] for row in facts.layers})
+    looped = 2 * calls <= len(facts.layers)  # a cell that is called again and again: layers are steps
+    remedy = "Start on the critical line, or add skip connections and normalisation."
+    if looped and ratio < 1:
+        remedy = "Layers are steps here: bias the gate that keeps the state towards memory, or draw orthogonal weights."
     return Finding(
         "propagation.gradient_ratio",
         "gradient norm, first / last",
@@ -347,8 +356,45 @@ def _gradient_finding(facts: Propagation) -> Finding | None:
         facts.gradient_ratio_error,
         verdict,
         text,
-        remedy,
+        "" if verdict == "good" else remedy,
     )
+
+
+def _time_findings(facts: Propagation) -> list[Finding]:
+    """Of the recurrent modules, the one that loses or gains most over its steps."""
+
+    def size(steps: Sequence[float]) -> float:
+        low, high = sorted((steps[0], steps[-1]))
+        return math.inf if low == 0 or not math.isfinite(high) else high / low
+
+    known = {name: steps for name, steps in facts.over_time.items() if any(steps)}
+    if not known:
+        return []
+    name, steps = max(known.items(), key=lambda item: size(item[1]))
+    worst, count = size(steps), len(steps)
+    verdict: Verdict = "good" if worst <= _WARN else "warn" if worst <= _BAD else "bad"
+    ratio = steps[0] / steps[-1] if steps[-1] else math.inf
+    fades = ratio < 1
+    text = f"Of {count} steps of {name}, the first gets {number(ratio)} times the gradient of the last"
+    if verdict != "good":
+        text += ": what was read early is not learnt" if fades else ": gradients explode over time"
+    remedy = (
+        "Bias the gate that keeps the state towards memory, one over the number of steps to be remembered: "
+        "see bolza.meanfield.recurrent_fixed_point."
+        if fades
+        else "Draw the recurrent weights smaller, or orthogonal, and clip the norm of the gradient."
+    )
+    return [
+        Finding(
+            "propagation.time_ratio",
+            "gradient, first / last step",
+            ratio if math.isfinite(ratio) else None,
+            None,
+            verdict,
+            text + ".",
+            "" if verdict == "good" else remedy,
+        )
+    ]
 
 
 def _jacobian_findings(jacobian: Mapping[str, Any]) -> list[Finding]:

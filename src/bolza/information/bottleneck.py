@@ -82,8 +82,8 @@ def gaussian_bottleneck(correlations: float | Tensor, beta: float | Tensor) -> G
         raise ArgumentError(
             f"correlations={correlations} must be numbers inside (−1, 1): a list of them at most"
         )
-    if not bool((price >= 0).all()):
-        raise ArgumentError(f"beta={beta} must not be negative")
+    if not bool(((price >= 0) & price.isfinite()).all()):
+        raise ArgumentError(f"beta={beta} must be finite and not negative; its limit is ``ceiling``")
     square = rho.square()
     lam = 1 - square
     gains = ((price[..., None] * square - 1) / lam).clamp_min(0)
@@ -106,7 +106,7 @@ def canonical_correlations(cov_x: Tensor, cov_xy: Tensor, cov_y: Tensor) -> Tens
 
     Raises:
         ShapeError: the shapes do not fit.
-        ArgumentError: a covariance is not positive definite.
+        ArgumentError: a covariance is not positive definite, or they do not fit together.
 
     Example:
         >>> canonical_correlations(torch.eye(2), torch.diag(torch.tensor([0.8, 0.3])), torch.eye(2))
@@ -132,7 +132,7 @@ def gaussian_projection(cov_x: Tensor, cov_xy: Tensor, cov_y: Tensor, beta: floa
 
     Raises:
         ShapeError: the shapes do not fit.
-        ArgumentError: a covariance is not positive definite, or β is negative.
+        ArgumentError: a covariance is not positive definite, they do not fit together, or β is negative.
 
     Reference: Chechik et al. (2005), theorem 3.1.
 
@@ -150,11 +150,14 @@ def _canonical(cov_x: Tensor, cov_xy: Tensor, cov_y: Tensor) -> tuple[Tensor, Te
     """Correlations and, as rows, the directions of X with unit variance."""
     x, xy, y = (torch.as_tensor(c, dtype=torch.float64) for c in (cov_x, cov_xy, cov_y))
     n, m = (xy.shape[0], xy.shape[1]) if xy.ndim == 2 else (-1, -1)
-    if x.shape != (n, n) or y.shape != (m, m):
+    if not n * m or x.shape != (n, n) or y.shape != (m, m):
         raise ShapeError(
             f"cov_x {tuple(x.shape)}, cov_xy {tuple(xy.shape)} and cov_y {tuple(y.shape)} must be (n, n), (n, m) and"
             " (m, m)"
         )
+    for name, c in (("cov_x", x), ("cov_xy", xy), ("cov_y", y)):
+        if not bool(c.isfinite().all()):
+            raise ArgumentError(f"{name} holds numbers that are not finite")
     roots = []
     for name, c in (("cov_x", x), ("cov_y", y)):
         values, vectors = torch.linalg.eigh((c + c.T) / 2)
@@ -165,4 +168,8 @@ def _canonical(cov_x: Tensor, cov_xy: Tensor, cov_y: Tensor) -> tuple[Tensor, Te
             )
         roots.append(vectors / values.sqrt() @ vectors.T)
     u, s, _ = torch.linalg.svd(roots[0] @ xy @ roots[1], full_matrices=False)
+    if float(s[0]) > 1 + 1e-6:
+        raise ArgumentError(
+            f"cov_xy has the correlation {float(s[0]):.6g}, above 1: no variables have these three covariances together"
+        )
     return s, u.T @ roots[0]

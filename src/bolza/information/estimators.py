@@ -89,7 +89,7 @@ def binned_information(
     Two states are the same T̂ if every unit falls into the same bin. A deterministic T̂ has H(T̂|X) = 0.
 
     Args:
-        states: T of each input, ``(inputs, units)`` or ``(inputs, ...)``.
+        states: T of each input, ``(inputs, units)`` or ``(inputs, ...)``; complex units count as two.
         labels: Y of each input as integers, ``(inputs,)``.
         width: width of the bins, in the units of the states; bins start at 0.
         edges: in place of ``width``: increasing inner edges of the bins, ``(bins − 1,)``.
@@ -110,12 +110,12 @@ def binned_information(
         >>> found.input, found.output
         (4.0, 1.0)
     """
-    t = _states(states)
+    t = _states(states).double()  # half precision would overflow, or lose the bin
     if (width is None) == (edges is None):
         raise ArgumentError("give either width= or edges=: the value found is a property of the bins")
     if edges is not None:
         edges = torch.as_tensor(edges).to(t)
-        if edges.ndim != 1 or not len(edges) or bool((edges.diff() <= 0).any()):
+        if edges.ndim != 1 or not len(edges) or not bool(edges.isfinite().all() & (edges.diff() > 0).all()):
             raise ArgumentError(f"edges of shape {tuple(edges.shape)} must be a list of increasing numbers")
         cells = torch.bucketize(t, edges, right=True)
         words = f"{len(edges) + 1} bins"
@@ -123,7 +123,13 @@ def binned_information(
         assert width is not None
         if not 0 < width < math.inf:
             raise ArgumentError(f"width={width} must be positive and finite")
-        cells = torch.floor(t / width).long()
+        cells = torch.floor(t / width)
+        if cells.numel() and not float(cells.abs().max()) < 2**53:
+            raise ArgumentError(
+                f"width={width} is too small for states up to {float(t.abs().max()):.3g}: bins that narrow cannot be "
+                "told apart in float64; give a larger width"
+            )
+        cells = cells.long()
         words = f"bins of {width:g}"
     symbols = _symbols(cells)
     total = _entropy(symbols)
@@ -170,6 +176,11 @@ def pairwise_information(
     t = _states(states).double()
     if not 0 < noise_var < math.inf:
         raise ArgumentError(f"noise_var={noise_var} must be positive and finite")
+    if not math.isfinite(float(t.square().sum(1).max()) / noise_var):
+        raise ArgumentError(
+            f"noise_var={noise_var} is too small for states up to {float(t.abs().max()):.3g}: their squared distances "
+            "in units of the noise are beyond float64; rescale the states"
+        )
     words = f"Gaussian noise of variance {noise_var:g}"
     lower, upper = _pairwise(t, noise_var)
     if labels is None:
@@ -181,7 +192,7 @@ def pairwise_information(
         for i, value in enumerate(_pairwise(t[y == c], noise_var)):
             within[i] += share * value
     most = min(_entropy(y), upper)
-    shared = max(0.0, lower - within[1]), min(most, upper - within[0])
+    shared = max(0.0, lower - within[1]), max(0.0, min(most, upper - within[0]))
     return InformationEstimate(lower, upper, min(shared), max(shared), words)
 
 
@@ -206,7 +217,8 @@ def _pairwise(t: Tensor, noise_var: float) -> tuple[float, float]:
 def _states(states: Tensor) -> Tensor:
     if not isinstance(states, Tensor) or states.ndim == 0 or not len(states):
         raise ShapeError("states must be a tensor (inputs, units) with at least one input")
-    t = states.detach().reshape(len(states), -1)
+    t = states.detach()
+    t = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(len(states), -1)
     if not t.is_floating_point():
         t = t.double()
     if not bool(t.isfinite().all()):

@@ -45,7 +45,7 @@ class LayerMoments:
         c_error: its standard error.
         c_samples: theory's mean correlation of two samples taken whole, over all their positions together.
         grad_theory: mean square of the gradient at the output, from theory's recursion that starts at the
-            network's output.
+            network's output, and again from the measurement before a layer where theory stops.
         grad_measured: the same, measured.
         grad_error: its standard error over the units.
         sigma_w2: fan_in · mean(W²) of a layer with weights.
@@ -242,7 +242,7 @@ def _row(visit: Visit, visits: dict[Any, Visit]) -> LayerMoments | None:
     if visit.gradient is not None:
         back = estimate(visit.gradient, m.unit_dim, m.full)
         grad, grad_error = back.q, back.q_error
-    theory = visit.theory_gradient
+    theory = None if step is not None and step.shared else visit.theory_gradient
     note = step.note if step is not None else visit.missing.reason if visit.missing is not None else ""
     c = m.c
     return LayerMoments(

@@ -135,7 +135,8 @@ def recurrent_fixed_point(
     one sign; and the cell state of an LSTM is a mixture of two Gaussians with two moments, where that paper
     samples it. In the ordered phase χ then agrees with wide networks within 8 %, mean squares of the state within
     20 % (of an LSTM's cell within 30 %). Where a GRU or an LSTM keeps itself going, ``regime`` is chaotic and χ
-    too small.
+    too small. Since ξ = 1/|log χ|, an error of 8 % leaves ξ of these two cells uncertain from about ten steps on:
+    for a network at hand, `bolza.stability.lyapunov_exponents` measures it.
 
     Example:
         Gates make criticality a region: bias them towards memory.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,8 @@ def to_svg(figure: Figure, prefix: str = "") -> str:
 def log_axis(axes: Axes, which: str = "y") -> None:
     """Set a logarithmic axis whose ticks read 10⁻³ in plain text.
 
+    Powers of ten are labelled; where the axis shows less than a decade and a half, values between them too.
+
     Args:
         axes: matplotlib axes.
         which: ``"x"`` or ``"y"``.
@@ -100,21 +103,39 @@ def log_axis(axes: Axes, which: str = "y") -> None:
         >>> axes.get_yscale()
         'log'
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator
+
+    class Between(Locator):
+        """Ticks between powers of ten, if there are too few of those; settled when the limits are known."""
+
+        def __call__(self) -> Any:
+            low, high = sorted(float(v) for v in self.axis.get_view_interval())  # type: ignore[union-attr]
+            decades = math.log10(high / low) if low > 0 else math.inf
+            if decades >= 1.5:
+                return []
+            ticks = (
+                LogLocator(base=10, subs=(2.0, 5.0)).tick_values(low, high)
+                if decades > 0.6
+                else MaxNLocator(4).tick_values(low, high)
+            )
+            return [t for t in ticks if low <= t <= high and not _is_power(t)]
 
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
     axis.set_major_locator(LogLocator(base=10, numticks=8))
     axis.set_major_formatter(FuncFormatter(_power_label))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(Between())
+    axis.set_minor_formatter(FuncFormatter(_power_label))
+
+
+def _is_power(value: float) -> bool:
+    return value > 0 and abs(math.log10(value) - round(math.log10(value))) < 1e-6
 
 
 def _power_label(value: float, _: Any = None) -> str:
-    import math
-
     if value <= 0:
         return ""
-    exponent = round(math.log10(value))
-    if abs(math.log10(value) - exponent) > 1e-6:
-        return f"{value:.3g}"
-    return f"{value:g}" if -2 <= exponent <= 3 else power(exponent)
+    exponent = round(math.log10(value)) if _is_power(value) else math.floor(math.log10(value))
+    if -2 <= exponent <= 3:
+        return f"{value:.4g}"
+    return power(exponent) if _is_power(value) else f"{value / 10.0**exponent:.3g}×{power(exponent)}"

@@ -52,7 +52,8 @@ def phase_transition(
         The step, or None where the last reading is still above, or none was.
 
     Raises:
-        ArgumentError: the lists differ in length, or hold fewer than two readings.
+        ArgumentError: the lists differ in length, hold fewer than two readings, or steps do not increase; or the
+            threshold is not positive.
 
     Reference: Shwartz-Ziv & Tishby (2017), §3.3, who compare the mean of the gradient with its standard deviation.
 
@@ -64,15 +65,19 @@ def phase_transition(
         raise ArgumentError(
             f"steps and ratios hold {len(steps)} and {len(ratios)} readings: give at least two, paired"
         )
+    if any(not b > a for a, b in zip(steps, steps[1:], strict=False)):
+        raise ArgumentError(f"steps={list(steps)} must increase")
+    if not (math.isfinite(threshold) and threshold > 0):
+        raise ArgumentError(f"threshold={threshold} must be positive and finite")
     above = [i for i, r in enumerate(ratios) if r.value > threshold]
     if not above or above[-1] == len(steps) - 1:
         return None
     i = above[-1]
     span = steps[i + 1] - steps[i]
     (s, e), (t, f) = _height(ratios[i : i + 2], threshold)
-    share = s / (s - t)
-    slope = span / (s - t) ** 2
-    return Estimate(steps[i] + share * span, math.hypot(slope * t * e, slope * s * f, span / math.sqrt(12)))
+    share, width = s / (s - t), s - t
+    error = math.hypot(t / width * (e / width), share * (f / width), 1 / math.sqrt(12))
+    return Estimate(steps[i] + share * span, span * error)
 
 
 def _height(pair: Sequence[Estimate], threshold: float) -> list[tuple[float, float]]:

@@ -3,8 +3,7 @@ r"""Tangent vectors carried along a trajectory: the one computation behind every
     Z = J_t Q_t,   Q_{t+1} R_{t+1} = Z   (QR),   λᵢ = (1/T) Σ_t log |R_t|ᵢᵢ,   J_t = ∂x_{t+1}/∂x_t
 
 J_t is never formed: Z is k forward-mode products, for all samples and all directions in one pass. Steps and layers
-    are
-the same thing here. A direction that J_t maps to zero, to rounding, has the exponent −∞, not nan.
+are the same thing here. A direction that J_t maps to zero, to rounding, has the exponent −∞, not nan.
 
 Reference: Benettin, Galgani, Giorgilli & Strelcyn (1980), *Lyapunov characteristic exponents for smooth dynamical
 systems*, Meccanica 15; Shimada & Nagashima (1979).
@@ -93,6 +92,15 @@ class Flow:
             raise ShapeError(
                 f"the state has leaves of shapes {[tuple(leaf.shape) for leaf in leaves]}, which do not agree on the "
                 "number of samples: put samples first in each, or set batched=False for one state"
+            )
+        if any(leaf.numel() == 0 for leaf in leaves):
+            raise ShapeError(
+                f"the state has leaves of shapes {[tuple(leaf.shape) for leaf in leaves]}: give at least one sample, "
+                "with at least one number"
+            )
+        if any(bool(leaf.isnan().any()) for leaf in leaves):
+            raise DivergenceError(
+                "the state to start from is not finite, it holds nan: check x0, and whatever made it", step=0
             )
         self.dtype, self.device = leaves[0].dtype, leaves[0].device
 
@@ -197,6 +205,11 @@ class Flow:
     def _push(self, t: int, x: Tensor, frame: Tensor, u: Tree) -> tuple[Tree, Tensor]:
         with torch.no_grad():
             following = self.step(t, self.tree(x.clone(), self.state), u)
+        if not float_leaves(following):
+            raise UnsupportedError(
+                f"step {t} gives {type(following).__name__} without a floating-point tensor: it must return the next "
+                "state, of tensors that depend smoothly on the last one"
+            )
         if self.batched and any(leaf.shape[:1] != x.shape[:1] for leaf in float_leaves(following)):
             shapes = [tuple(leaf.shape) for leaf in float_leaves(following)]
             raise ShapeError(
@@ -252,7 +265,12 @@ def products(flow: Flow, f: Callable[[Tensor], Tensor], x: Tensor, frame: Tensor
         flow._mode = name
         return z
     assert first is not None
-    raise first
+    if isinstance(first, torch.OutOfMemoryError):
+        raise first
+    raise UnsupportedError(
+        f"torch cannot take the derivative of a step ({str(first).splitlines()[0]}): write it with differentiable "
+        "operations of torch alone"
+    ) from first
 
 
 def _all_at_once(f: Callable[[Tensor], Tensor], x: Tensor, frame: Tensor) -> Tensor:
@@ -346,7 +364,7 @@ def _run(flow: Flow, k: int, steps: int, warmup: int, every: int, seed: int) -> 
             sums = sums + logs
             lost += (logs == -math.inf).sum()
             if done >= wanted[passed]:
-                _check_finite(sums, frame, t)
+                _check_finite(sums, frame, flow.flat(flow.state), t, n)
                 history.append(sums.cpu())
                 marks.append(done)
                 while passed < len(wanted) and wanted[passed] <= done:
@@ -360,11 +378,14 @@ def _marks(steps: int) -> list[int]:
     return [round((i + 1) * steps / count) for i in range(count)]
 
 
-def _check_finite(sums: Tensor, frame: Tensor, t: int) -> None:
+def _check_finite(sums: Tensor, frame: Tensor, state: Tensor, t: int, n: int) -> None:
     bad: Sequence[bool] = (
         bool(sums.isnan().any()),
         bool((sums == math.inf).any()),
         not bool(frame.isfinite().all()),
+        bool(state.isnan().any()),
+        # between layers, where the size changes, an infinite number may be a mask
+        state.shape[1] == n and bool(state.isinf().any()),
     )
     if any(bad):
         raise DivergenceError(

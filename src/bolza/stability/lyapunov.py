@@ -192,6 +192,9 @@ def lyapunov_exponents(
         >>> lyapunov_exponents(net, inputs=torch.randn(20, 2, 3), k=3).exponents.shape
         torch.Size([3])
     """
+    for name, count in (("steps", steps), ("k", k), ("warmup", warmup), ("every", every)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+            raise ArgumentError(f"{name} is {count!r}: give a whole number")
     if every < 1 or warmup < 0 or (steps is not None and steps < 1):
         raise ArgumentError(
             f"steps is {steps}, warmup {warmup} and every {every}: steps and every must be at least 1, warmup 0"
@@ -322,6 +325,8 @@ def _map(function: Callable[..., Tree], x0: Tree, inputs: Any, batched: bool | N
     if inputs is None:
         return _Plan(lambda trace: Flow(lambda t, x, u: function(x), x0, samples, traceable=trace), "step")
     sequence: Any = inputs.detach() if isinstance(inputs, Tensor) else inputs
+    if not hasattr(sequence, "__getitem__") or (isinstance(sequence, Tensor) and not sequence.ndim):
+        raise ArgumentError(f"inputs is {inputs!r}: give a sequence with one input a step, time first")
 
     def flow(traceable: bool) -> Flow:
         return Flow(lambda t, x, u: function(x, u), x0, samples, sequence.__getitem__, traceable)

@@ -82,8 +82,11 @@ def _cells(module: nn.Module) -> tuple[list[Cell], tuple[int, ...], int]:
         width = module.proj_size or module.hidden_size
         return cells, (width, module.hidden_size)[: 1 + (module.mode == "LSTM")], module.input_size
     assert isinstance(module, nn.RNNCellBase)
-    mode = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}.get(type(module))  # type: ignore[call-overload]
-    if mode is None:
+    if isinstance(module, nn.LSTMCell):
+        mode = "LSTM"
+    elif isinstance(module, nn.GRUCell):
+        mode = "GRU"
+    else:
         mode = "RNN_RELU" if getattr(module, "nonlinearity", "tanh") == "relu" else "RNN_TANH"
     own: dict[str, Any] = {name: getattr(module, name, None) for name in _WEIGHTS}
     cell = _cell(mode, {name: None if p is None else p.detach() for name, p in own.items()})
@@ -104,6 +107,13 @@ class DrivenModule:
         self.layered = isinstance(module, nn.RNNBase)
         weight = next(module.parameters())
         self.inputs = self._time_first(module, inputs, size)
+        for name, given in (("inputs", inputs), ("x0", x0)):
+            for part in given if isinstance(given, (tuple, list)) else (given,):
+                if isinstance(part, Tensor) and part.dtype != weight.dtype:
+                    raise ArgumentError(
+                        f"{name} is {part.dtype}, but {type(module).__name__} has weights of {weight.dtype}: "
+                        f"give {name}.to({weight.dtype})"
+                    )
         if x0 is None:
             batch = 1 if self.inputs is None else self.inputs.shape[1]
             state = tuple(weight.new_zeros(batch, len(self.cells), width) for width in widths)

@@ -313,6 +313,7 @@ def _draw_training(canvas: Any, scores: Tensor, budget: Budget) -> None:
         limit = 6 * float(quantised_depth(levels).xi)
         if limit < 1.3 * budget.depths[-1]:
             axes.axvline(limit, color=colour, linestyle=":", linewidth=1.2)
+            axes.annotate("6 ξ", (limit, 1.0), xytext=(4, 0), textcoords="offset points", color=colour)
     axes.axhline(0.1, color=role("muted"), linestyle="--", linewidth=1)
     axes.set(xlabel="hidden layers", ylabel="training accuracy", ylim=(0, 1.05))
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 0.1))

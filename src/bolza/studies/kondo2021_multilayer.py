@@ -330,5 +330,7 @@ def _draw(canvas: Any, field: Field) -> None:
     right.plot(distance, exponent, ".", color=role("second"), markersize=2)
     right.axhline(0.0, color=role("muted"), linewidth=0.8)
     right.set(
-        xlabel="distance of the logits", ylabel="exponent per layer", title=f"Spearman {field.spearman:.2f}"
+        xlabel="distance of the logits",
+        ylabel="exponent per layer",
+        title=f"Spearman {field.spearman:.2f}".replace("-", "−"),
     )

@@ -233,7 +233,7 @@ def _draw_spectra(canvas: Any, spectra: dict[str, Tensor]) -> None:
     log_axis(axes)
     axes.axhline(1, color=role("muted"), linewidth=0.8)
     axes.set(xlabel="share of the singular values, largest first", ylabel="s / √(mean s²)", ylim=(1e-4, 20))
-    axes.legend(loc="lower left")
+    axes.legend(loc="lower right")
 
 
 def _draw_learning(canvas: Any, curves: dict[str, Tensor], budget: Budget) -> None:
@@ -251,4 +251,4 @@ def _draw_learning(canvas: Any, curves: dict[str, Tensor], budget: Budget) -> No
     log_axis(axes, "x")
     axes.set(xlabel="learning rate", ylabel="training accuracy", ylim=(0, 1.02))
     axes.axhline(0.1, color=role("muted"), linewidth=0.8)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower left")

@@ -41,6 +41,7 @@ REFERENCE = SASDELLI
 
 F64 = torch.float64
 RATE = 0.02
+DESCENT = 0.03  # relative error that the slow descent exponent may have
 CONSTANT = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 
 
@@ -49,7 +50,6 @@ class Budget:
     """Size of the runs."""
 
     descent_steps: int
-    descent_tolerance: float
     seeds: int
     steps: int
     sgd_rates: tuple[float, ...]
@@ -59,7 +59,6 @@ class Budget:
 BUDGETS = {
     "small": Budget(
         descent_steps=2000,
-        descent_tolerance=0.1,
         seeds=2,
         steps=600,
         sgd_rates=(0.1, 0.2, 0.4),
@@ -67,10 +66,9 @@ BUDGETS = {
     ),
     "full": Budget(
         descent_steps=12000,
-        descent_tolerance=0.03,
         seeds=5,
         steps=600,
-        sgd_rates=(0.05, 0.1, 0.2, 0.4, 0.6),
+        sgd_rates=(0.05, 0.1, 0.2, 0.3, 0.4),
         sgd_steps=12000,
     ),
 }
@@ -190,6 +188,7 @@ def frozen_rows(x: Tensor, y: Tensor, budget: Budget) -> list[Row]:
     flat = torch.cat([p.detach().flatten() for p in params.values()])
     twin = curvature_exponent(twin_operator(torch.func.grad(value), flat), lr=RATE, steps=100)
     truth = math.log1p(-RATE * low) / RATE
+    near = abs(down.exponent / truth - 1)
     return [
         Row(
             "ascent exponent = log(1 + η λ_max)/η (8.1411 at another start)",
@@ -220,8 +219,8 @@ def frozen_rows(x: Tensor, y: Tensor, budget: Budget) -> list[Row]:
             truth,
             down.exponent,
             down.residual,
-            abs(down.exponent / truth - 1) <= budget.descent_tolerance,
-            f"within {budget.descent_tolerance:.0%} after {budget.descent_steps} steps; the error is ‖Hv − ρv‖",
+            True if near <= DESCENT else None if down.residual > DESCENT * abs(low) else False,
+            f"within {DESCENT:.0%} after {budget.descent_steps} steps, open while the error ‖Hv − ρv‖ is above that",
         ),
     ]
 
@@ -230,7 +229,7 @@ def frozen_rows(x: Tensor, y: Tensor, budget: Budget) -> list[Row]:
 
 
 def sgd_sharpness(x: Tensor, y: Tensor, rate: float, steps: int) -> float:
-    """λ_max after SGD at a constant rate."""
+    """λ_max after SGD at a constant rate; nan where it diverged."""
     net = network(0)
     optimizer = torch.optim.SGD(net.parameters(), lr=rate)
     generator = torch.Generator().manual_seed(0)
@@ -239,6 +238,8 @@ def sgd_sharpness(x: Tensor, y: Tensor, rate: float, steps: int) -> float:
         optimizer.zero_grad()
         loss(net(x[part]), y[part]).backward()
         optimizer.step()
+    if not all(bool(p.isfinite().all()) for p in net.parameters()):
+        return math.nan
     return float(
         top_eigenpairs(hessian_operator(net, loss, (x, y)), 1, which="largest algebraic").eigenvalues
     )
@@ -246,21 +247,26 @@ def sgd_sharpness(x: Tensor, y: Tensor, rate: float, steps: int) -> float:
 
 def edge_rows(rates: tuple[float, ...], sharpness: list[float]) -> list[Row]:
     """Whether λ_max follows 1/η."""
+    lost = [rate for rate, value in zip(rates, sharpness, strict=True) if math.isnan(value)]
     u = torch.tensor(rates, dtype=F64).log()
     v = torch.tensor(sharpness, dtype=F64).log()
+    u, v = u[~v.isnan()], v[~v.isnan()]
     centred = u - u.mean()
     slope = float((centred * v).sum() / centred.square().sum())
     rest = v - v.mean() - slope * centred
     error = float((rest.square().sum() / max(len(u) - 2, 1) / centred.square().sum()).sqrt())
-    products = [rate * value for rate, value in zip(rates, sharpness, strict=True)]
+    products = (u + v).exp().tolist()
+    note = f"within two errors of −1; η λ_max runs from {min(products):.2f} to {max(products):.2f}"
+    if lost:
+        note += f"; SGD diverges at {', '.join(f'{rate:g}' for rate in lost)}"
     return [
         Row(
             "after SGD the slope of log λ_max over log η",
             -1.0,
             slope,
             error,
-            slope <= -0.5,
-            f"nearer to −1 than to 0; η λ_max runs from {min(products):.2f} to {max(products):.2f}",
+            abs(slope + 1) <= max(2 * error, 1e-6),
+            note,
         )
     ]
 
@@ -379,4 +385,4 @@ def _draw(canvas: Any, one: Race, rates: tuple[float, ...], sharpness: list[floa
     right.set_yticks((5, 10, 20), ("5", "10", "20"))
     for which in ("x", "y"):
         right.tick_params(axis=which, which="minor", length=0, labelbottom=False, labelleft=False)
-    right.legend(loc="upper right")
+    right.legend(loc="lower left")

@@ -195,10 +195,11 @@ def map_rows(found: TrainabilityMap, ratios: Tensor, critical: float) -> list[Ro
         means.append((mean, error))
         used = ", ".join(f"{float(found.weight_vars[c]):g}" for c in columns)
         spread = ratios[:, columns]
-        note = (
-            f"σ_w² = {used}: {float(spread.min()):.1f} to {float(spread.max()):.1f}; a few means 3 to 9 here"
-        )
-        rows.append(Row(claim, "about 6", mean, error, 3 <= mean <= 9, note))
+        # the theory has the shape; the constant is that of a budget and a threshold, ours are not the paper's
+        same = abs(mean - 6) <= 2 * error
+        note = f"σ_w² = {used}: {float(spread.min()):.1f} to {float(spread.max()):.1f}"
+        note += "" if same else "; not 6 with this budget and threshold, on which the constant depends"
+        rows.append(Row(claim, "about 6", mean, error, True if same else None, note))
     if len(means) == 2:
         gap = means[0][0] - means[1][0]
         error = math.hypot(means[0][1], means[1][1])
@@ -212,8 +213,28 @@ def map_rows(found: TrainabilityMap, ratios: Tensor, critical: float) -> list[Ro
     spread_at = float(at_line.std() / len(at_line) ** 0.5) if len(at_line) > 1 else None
     name = f"depth {found.depths[deepest]}"
     shown = float(at_line.mean())
-    rows.append(Row(f"at criticality {name} trains", f"> {TRAINABLE}", shown, spread_at, shown > TRAINABLE))
+    clear = spread_at is not None and abs(shown - TRAINABLE) > 2 * spread_at
+    rows.append(
+        Row(
+            f"at criticality {name} trains",
+            f"> {TRAINABLE}",
+            shown,
+            spread_at,
+            shown > TRAINABLE if clear else None,
+            "open within two standard errors of the threshold",
+        )
+    )
     ends = float(average[[0, -1], deepest].max())
+    rows.append(
+        Row(
+            f"at {name} it learns more at criticality than at either end, by a factor",
+            "> 1",
+            shown / ends,
+            None if spread_at is None else spread_at / ends,
+            None if spread_at is None or abs(shown - ends) <= 2 * spread_at else shown > ends,
+            "open within two standard errors, or with one seed",
+        )
+    )
     rows.append(
         Row(f"far from it, on both sides, {name} does not", f"< {TRAINABLE}", ends, None, ends < TRAINABLE)
     )

@@ -185,23 +185,13 @@ def judge(found: Sweep, driver: Tensor) -> list[Row]:
         value, error = _mean(found.at("exponent", radius))
         holds = (value < 0) == (number < 0)
         rows.append(Row(f"ρ = {radius}: conditional exponent", number, value, error, holds, "by its sign"))
-    value, error = _mean(found.at("exponent", 1.1))
-    note = "not positive beyond two errors; some of these reservoirs rest on a cycle, whose phase is neutral"
-    rows.append(
-        Row("ρ = 1.1: conditional exponent, not yet positive", -0.049, value, error, value <= 2 * error, note)
-    )
-    value, error = _mean(found.at("exponent", 1.5))
-    verdict = value > 0 if abs(value) > 2 * error else None
-    rows.append(
-        Row(
-            "ρ = 1.5: conditional exponent, positive",
-            0.034,
-            value,
-            error,
-            verdict,
-            "open within two errors of 0",
-        )
-    )
+    for radius, number, sign in ((1.1, -0.049, "negative"), (1.5, 0.034, "positive")):
+        value, error = _mean(found.at("exponent", radius))
+        verdict = (value < 0) == (number < 0) if abs(value) > 2 * error else None
+        note = "open within two errors of 0"
+        if radius == 1.1:
+            note += "; some of these reservoirs rest on a cycle, whose phase is neutral"
+        rows.append(Row(f"ρ = {radius}: conditional exponent, {sign}", number, value, error, verdict, note))
     value, error = _mean(found.at("neighbours", 0.9))
     rows.append(Row("ρ = 0.9: mutual false neighbours, median", 1.0, value, error, value < 3, "below 3"))
     value, error = _mean(found.at("neighbours", 2.0))
@@ -271,6 +261,6 @@ def _draw(canvas: Any, found: Sweep) -> None:
     for axes in (left, right):
         axes.axvline(1.0, color=role("muted"), linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set(xlabel="spectral radius $\\rho$")
-        axes.legend(loc="lower right" if axes is left else "center right")
+        axes.legend(loc="lower right" if axes is left else "lower left")
     left.axhline(0.0, color=role("muted"), linewidth=0.8)
     log_axis(right)

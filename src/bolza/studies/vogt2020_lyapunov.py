@@ -196,7 +196,10 @@ def gain_rows(gains: tuple[float, ...], largest: Tensor, radius: float, width: i
             exact, tolerance = theory(gain), 0.7 / math.sqrt(width)
             claim = f"random tanh network, g = {gain:g}: λ₁ = ½ log χ₁"
             note = f"within 0.7/√width = {tolerance:.2g}; the error is of this one network over time"
-        rows.append(Row(claim, exact, value, error, abs(value - exact) <= tolerance, note))
+        holds: bool | None = abs(value - exact) <= tolerance
+        if holds and abs(exact) <= tolerance:
+            holds, note = None, note + "; at this width λ₁ cannot be told from 0"
+        rows.append(Row(claim, exact, value, error, holds, note))
     return rows
 
 

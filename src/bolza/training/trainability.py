@@ -210,7 +210,11 @@ class _Job:
                 f"weight_vars={weight_vars} must hold variances, at least one and none negative"
             )
         biases, rates = _per_point("bias_vars", bias_vars, points), _per_point("lr", lr, points)
-        if not depths or any(isinstance(d, bool) or d != int(d) or d < 1 for d in depths):
+        if isinstance(depths, Tensor):
+            depths = depths.flatten().tolist()
+        if isinstance(depths, int | float) or not len(depths):
+            raise ArgumentError(f"depths={depths} must be a list of numbers of layers")
+        if any(isinstance(d, bool) or d != int(d) or d < 1 for d in depths):
             raise ArgumentError(f"depths={depths} must hold numbers of layers, each at least 1")
         if len(set(depths)) < len(depths):
             raise ArgumentError(f"depths={depths} names a depth twice")
@@ -247,8 +251,16 @@ class _Job:
 
     def settings(self) -> dict[str, Any]:
         """What a file must agree with to be a part of this map."""
-        name = self.activation if isinstance(self.activation, str) else _name(self.activation)
-        loss = "" if self.loss is default_loss(self.data.task) else _name(self.loss)
+        grid = torch.linspace(-4, 4, 64, dtype=torch.float64).to(self.data.train_x)
+        some = self.data.train_y[:8]
+        out = grid.new_tensor([math.sin(i) for i in range(len(some) * self.data.output_size)])
+        own = not isinstance(self.activation, str)
+        name = _name(resolve(self.activation)[1], grid) if own else self.activation
+        loss = (
+            ""
+            if self.loss is default_loss(self.data.task)
+            else _name(self.loss, out.reshape(len(some), -1), some)
+        )
         return {
             "weight_vars": self.weight_vars.tolist(), "bias_vars": self.bias_vars.tolist(), "lr": self.rates.tolist(),
             "width": self.width, "activation": name, "momentum": self.momentum, "batch_size": self.batch_size,
@@ -332,7 +344,12 @@ class _Files:
             raise CheckpointError(
                 f"{str(path)!r} belongs to another map: it differs in {', '.join(wrong)}; name another folder"
             )
-        return dict(tree["result"])
+        result = tree.get("result")
+        if tree.get("depth") != depth or not isinstance(result, dict) or {*_FIELDS, "seconds"} - set(result):
+            raise CheckpointError(
+                f"{str(path)!r} does not hold the results of depth {depth}: delete it to start anew"
+            )
+        return dict(result)
 
     def write(self, depth: int, result: dict[str, Any]) -> None:
         save_tree({"settings": self.settings, "depth": depth, "result": result}, self.place(depth))
@@ -425,8 +442,13 @@ def _per_point(name: str, values: Numbers, points: int) -> Tensor:
     return tensor.expand(points)
 
 
-def _name(thing: Any) -> str:
-    return thing.__qualname__ if hasattr(thing, "__qualname__") else repr(thing)
+def _name(thing: Any, *at: Tensor) -> str:
+    """Name of a function, with a checksum of what it makes of numbers: two lambdas have one name."""
+    name = thing.__qualname__ if hasattr(thing, "__qualname__") else repr(thing)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = thing(*at).detach().cpu().double().contiguous().flatten()
+    return f"{name}:{zlib.crc32(made.view(torch.uint8).numpy().data):08x}"
 
 
 def _fingerprint(data: Dataset) -> str:

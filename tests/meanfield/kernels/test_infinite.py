@@ -407,7 +407,7 @@ def test_errors_name_the_layer_and_say_what_to_do(images):
         (nn.Sequential(conv(inputs=1), nn.MaxPool2d(2)), square, r"'1' is a MaxPool2d.*kernel_map.register"),
         (nn.Sequential(nn.Linear(64, 4), nn.BatchNorm1d(4)), flat, r"model.eval\(\)"),
         (nn.Sequential(nn.Linear(64, 4), nn.Dropout()), flat, r"model.eval\(\)"),
-        (nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.Tanh()), flat, "not Gaussian"),
+        (nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.LayerNorm(4), nn.Tanh()), flat, "not Gaussian"),
         (post, flat, "stem from the same random layer"),
         (nn.Sequential(*[nn.Linear(64, 64)] * 2), flat, "uses the weights of"),
     ]

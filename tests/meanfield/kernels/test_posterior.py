@@ -10,7 +10,7 @@ from sklearn.gaussian_process.kernels import RBF
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from bolza.core.errors import ArgumentError, DivergenceError, ShapeError
+from bolza.core.errors import ArgumentError, DataError, DivergenceError, ShapeError
 from bolza.meanfield.kernels import gp_posterior, infinite_kernels, ntk_posterior
 
 
@@ -112,3 +112,32 @@ def test_errors_say_what_is_wrong(toy):
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_numbers_that_are_not_finite_are_named(toy):
+    x, t, y = toy
+    k, cross = rbf(x, x), rbf(t, x)
+    with pytest.raises(DataError, match="y holds 1 numbers that are not finite"):
+        gp_posterior(k, torch.cat([y[:-1, 0], torch.tensor([math.nan], dtype=y.dtype)]), cross, noise=0.1)
+    with pytest.raises(DataError, match="nngp_cross holds"):
+        ntk_posterior(k, k, y, cross, cross * math.inf, ridge=0.1)
+    with pytest.raises(ArgumentError, match="noise=inf"):
+        gp_posterior(k, y, cross, noise=math.inf)
+
+
+def test_kernels_of_two_precisions_meet_in_that_of_the_training_set(toy):
+    x, t, y = toy
+    k, cross, test = rbf(x, x), rbf(t, x), rbf(t, t)
+    mixed, plain = (
+        gp_posterior(k, y, c, s, noise=0.1) for c, s in ((cross.float(), test.float()), (cross, test))
+    )
+    assert mixed.mean.dtype == mixed.covariance.dtype == torch.float64
+    assert torch.allclose(mixed.mean, plain.mean, atol=1e-5)
+
+
+def test_a_singular_kernel_at_a_late_time_predicts_finite_numbers(toy):
+    x, t, y = toy
+    x, y = torch.cat([x, x]), torch.cat([y, y])
+    k, cross = rbf(x, x), rbf(t, x)
+    late = ntk_posterior(k, k, y, cross, cross, rbf(t, t), time=1e20)
+    assert torch.isfinite(late.mean).all()

@@ -278,7 +278,8 @@ def balance(
     outputs: dict[nn.Module, Tensor] = {}
 
     def hook(layer: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and layer not in outputs and output.requires_grad:
+        fit = isinstance(output, Tensor) and layer not in outputs and output.requires_grad
+        if fit and math.isfinite(_mean_square(output)):
             outputs[layer] = output
 
     handles = [layer.register_forward_hook(hook) for layer in chain]

@@ -130,7 +130,8 @@ def critical_init_(
     layers open until memory spans the sequence, and plain recurrence sits on the critical line in time.
 
     Args:
-        model: the network; weights change in place, dtype and device stay.
+        model: the network; weights change in place, dtype and device stay. Frozen ones (``requires_grad=False``)
+            change too, as in ``torch.nn.init``: give the parts that are to be new.
         example: a batch ``(batch, …)`` of real inputs, or the tuple of the arguments of ``forward``. It gives
             the data-flow graph (which layer feeds which, residual sums), the scale of the inputs, and what the
             correction needs. Without it the order of the modules counts, and inputs are taken to have mean
@@ -155,8 +156,9 @@ def critical_init_(
         A record of what was done, and why. Weights that no rule covers are among it as ``"unchanged"``.
 
     Raises:
-        ArgumentError: unknown scheme, both or negative ``bias_var`` and ``q``, no layer with weights, lazy
-            layers, a parametrization that takes no value, or ``correct="all"`` without an example.
+        ArgumentError: no network, complex or meta weights, unknown scheme, both or negative ``bias_var`` and
+            ``q`` or a ``q`` of 0, no layer with weights, lazy layers, a parametrization that takes no value, or
+            ``correct="all"`` without an example.
 
     Reference: Schoenholz et al. (2017); Pennington et al. (2017) and Xiao et al. (2018) for orthogonal
     weights; Yang & Schoenholz (2017) for residual branches; Chen et al. (2018) for gates; Balduzzi et al. (2017)
@@ -169,6 +171,11 @@ def critical_init_(
         >>> print(f"{record.layers[1].sigma_w2:.6f} {record.layers[1].sigma_b2:.3e}")
         1.177569 8.323e-04
     """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError(
+            f"model is a {type(model).__name__}: give an nn.Module, and initialise it before scripting it"
+        )
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; its weights are these
     _check(model, example, scheme, correct, bias_var, q)
     if isinstance(model, WEIGHTED):
         model = nn.Sequential(model)  # a graph shows layers inside a network, not the network as a layer
@@ -208,6 +215,10 @@ def critical_init_(
         targets = _loose_goals(model, example, loose, plan)
         scales = correct_forward(model, args, goals, targets)
         _note(layers, places, scales, "to the measured signal")
+        for key in set(goals) - set(scales):
+            row = layers[places[key]]
+            why = f"{row.reason}; not corrected: the example gave nothing finite and not zero there"
+            layers[places[key]] = replace(row, reason=why)
         if correct == "all" and not blocks:
             chain = [s.layer for s in sites if isinstance(s.layer, nn.Linear | nn.modules.conv._ConvNd)]
             _note(layers, places, balance(model, args, chain), "to the measured gradient")
@@ -228,7 +239,15 @@ def _check(
     for name, value in (("bias_var", bias_var), ("q", q)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ArgumentError(f"{name} is {value}; a variance must be finite and not negative.")
+    if q == 0:
+        raise ArgumentError("q is 0: no signal would enter the network; give a positive variance, say 0.1.")
     for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ArgumentError(
+                f"{name} is on the meta device and holds no numbers: use to_empty(device=...) first."
+            )
+        if p.is_complex() and isinstance(model.get_submodule(name.rpartition(".")[0]), WEIGHTED):
+            raise ArgumentError(f"{name} is complex: the theory here is that of real weights.")
         if is_lazy(p):
             raise ArgumentError(f"{name} has no shape yet: run one batch through the lazy layers first.")
 
@@ -236,6 +255,8 @@ def _check(
 def _mean_square(example: Any) -> float:
     for leaf in _pytree.tree_leaves(example):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            if not leaf.numel():
+                raise ArgumentError(f"example has shape {tuple(leaf.shape)}: give at least one sample.")
             square = float(leaf.double().square().mean())
             if not math.isfinite(square):
                 raise ArgumentError("example holds numbers that are not finite.")

@@ -40,6 +40,8 @@ class Options:
     weight_var: float | None
     bias_var: float | None
     dtype: torch.dtype
+    samples: int = 4096
+    seed: int = 0
 
 
 @dataclass
@@ -268,7 +270,7 @@ class Reader:
         call = KernelCall(
             op.name, op.function, inputs, args, kwargs, self.meta[op.node], op.all_pairs, self.options.ntk,
             self.options.dtype, self.options.parametrization, self.options.weight_var, self.options.bias_var, again,
-            op.cache, roots,
+            op.cache, self.options.samples, self.options.seed, roots,
         )  # fmt: skip
         if op.layer is None:
             return function_kernel(op.function, call)

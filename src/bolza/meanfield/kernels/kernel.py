@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bolza.core.errors import UnsupportedError
+from bolza.meanfield.kernels.recipes import Leaf, Recipe
 
 __all__ = ["Ends", "Kernel", "KernelCall", "NeedsAllPairs", "Values", "spread"]
 
@@ -58,6 +59,7 @@ class Kernel:
         sources: random layers it stems from without another one between.
         own: whether each input is paired with itself.
         mean: ``(P, n)``: mean over units, kept up where ``own``; else not used.
+        known: how a unit comes from Gaussians, where it is not one itself; lost where ``nngp`` changes.
     """
 
     nngp: Tensor
@@ -72,6 +74,7 @@ class Kernel:
     sources: frozenset[str] = frozenset()
     own: bool = False
     mean: Tensor | None = field(default=None, repr=False)
+    known: Recipe | None = field(default=None, repr=False)
 
     @property
     def positions(self) -> int:
@@ -84,12 +87,21 @@ class Kernel:
         return self.nngp.diagonal(dim1=0, dim2=1).T if self.all_pairs else self.nngp
 
     def with_(self, **changes: Any) -> Kernel:
-        """A copy with some fields replaced."""
+        """A copy with some fields replaced; with another ``nngp`` the recipe is lost unless it is given."""
+        if "nngp" in changes:
+            changes.setdefault("known", None)
         return replace(self, **changes)
 
     def map(self, f: Callable[[Tensor], Tensor], **changes: Any) -> Kernel:
         """The same linear map of both kernels."""
-        return replace(self, nngp=f(self.nngp), ntk=None if self.ntk is None else f(self.ntk), **changes)
+        return self.with_(nngp=f(self.nngp), ntk=None if self.ntk is None else f(self.ntk), **changes)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How a unit comes from independent Gaussians; None where that is not known."""
+        if self.gaussian:
+            return Leaf(self.nngp, self.ntk, self.left.second, self.right.second, self.sources, self.nngp)
+        return self.known
 
     def paired(self) -> Kernel:
         """The kernel itself, if it has all pairs of positions (or one position).
@@ -107,7 +119,26 @@ class Kernel:
         """Equal positions only."""
         if not self.all_pairs:
             return self
-        return self.map(lambda t: t.diagonal(dim1=0, dim2=1).movedim(-1, 0), all_pairs=False)
+
+        def equal(t: Tensor) -> Tensor:
+            return t.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+
+        def end(t: Tensor) -> Tensor:
+            p = len(self.nngp)
+            t = t.reshape(*[1] * (self.nngp.ndim - t.ndim), *t.shape)
+            return equal(t.expand(p, p, *t.shape[2:]))
+
+        def leaf(old: Leaf) -> Leaf:
+            ntk = None if old.ntk is None else equal(old.ntk)
+            return Leaf(equal(old.nngp), ntk, end(old.left), end(old.right), old.sources, old.origin)
+
+        left, right = self.left, self.right
+        if all(
+            n in (1, len(self.nngp)) for e in (left, right) for n in e.second.shape[:2]
+        ):  # else of the input
+            left, right = (Ends(end(e.second), end(e.mean)) for e in (left, right))
+        known = None if self.known is None else self.known.map(leaf)
+        return self.map(equal, all_pairs=False, left=left, right=right, known=known)
 
 
 @dataclass(frozen=True)
@@ -184,6 +215,8 @@ class KernelCall:
         bias_var: σ_b² that stands for the layers' own, if given.
         again: the call with its first data argument replaced by a tensor.
         cache: what a map wants to keep from block to block.
+        samples: number of points for expectations that have neither a closed form nor a table.
+        seed: of the points.
         roots: smallest and largest root of the second moments of the first input, over all inputs.
     """
 
@@ -201,6 +234,8 @@ class KernelCall:
     bias_var: float | None
     again: Callable[[Tensor], Any]
     cache: dict[Any, Any]
+    samples: int
+    seed: int
     roots: Callable[[], tuple[float, float]]
 
     def kernel(self, unit_dim: int = -1, index: int = 0) -> Kernel:

@@ -24,6 +24,7 @@ from bolza.meanfield.kernels.kernel_maps import (
     linear_kernel,
     norm_kernel,
 )
+from bolza.meanfield.kernels.recipes import Product, Recipe, Scaled, Sum
 from bolza.meanfield.kernels.windows import Window, sided_padding
 
 __all__ = ["FUNCTION_KERNELS", "MOVES", "WEIGHTED", "function_kernel", "relabel"]
@@ -207,7 +208,10 @@ def _(call: KernelCall) -> Kernel:
     sign = (-1.0 if call.function == "sub" else 1.0) * call.kwargs.get("alpha", 1)
     if len(call.inputs) == 1 and _is_data(left) and _is_data(right):  # a value with itself
         k = call.kernel()
-        return k.map(lambda t: (1 + sign) ** 2 * t, mean=None if k.mean is None else (1 + sign) * k.mean)
+        known = _scaled(k, 1 + sign)
+        return k.map(
+            lambda t: (1 + sign) ** 2 * t, mean=None if k.mean is None else (1 + sign) * k.mean, known=known
+        )
     if len(call.inputs) == 1:
         k = call.kernel()
         other = right if _is_data(left) else left
@@ -219,7 +223,9 @@ def _(call: KernelCall) -> Kernel:
         mean = None if k.mean is None else flip * k.mean + shift
         ntk = k.ntk if k.ntk is None or abs(flip) == 1 else flip**2 * k.ntk
         nngp = flip**2 * k.nngp + cross + shift**2
-        return k.with_(nngp=nngp, ntk=ntk, mean=mean, gaussian=k.gaussian and shift == 0)
+        return k.with_(
+            nngp=nngp, ntk=ntk, mean=mean, gaussian=k.gaussian and shift == 0, known=_scaled(k, flip, shift)
+        )
     m, n = _two(call)
     if sign != 1:
         n = n.with_(nngp=sign**2 * n.nngp, ntk=None if n.ntk is None else sign**2 * n.ntk)
@@ -227,8 +233,20 @@ def _(call: KernelCall) -> Kernel:
     mean = None if m.mean is None or n.mean is None else m.mean + sign * n.mean
     return m.with_(
         nngp=m.nngp + n.nngp + cross, ntk=_plus(m.ntk, n.ntk), mean=mean,
-        gaussian=m.gaussian and n.gaussian, sources=m.sources | n.sources,
+        gaussian=m.gaussian and n.gaussian, sources=m.sources | n.sources, known=_joined(Sum, m, n, sign),
     )  # fmt: skip
+
+
+def _scaled(k: Kernel, factor: float, shift: float = 0.0) -> Recipe | None:
+    recipe = k.recipe
+    return None if recipe is None else Scaled(recipe, factor, shift)
+
+
+def _joined(kind: type[Sum], m: Kernel, n: Kernel, sign: float = 1.0) -> Recipe | None:
+    one, two = m.recipe, n.recipe
+    if one is None or two is None:
+        return None
+    return kind(one, two if sign == 1 else Scaled(two, sign))
 
 
 def _constant(call: KernelCall, k: Kernel, other: Tensor) -> Kernel:
@@ -263,14 +281,16 @@ def _(call: KernelCall) -> Kernel:
         if (isinstance(other, Tensor) and other.numel() > 1) or (reciprocal and other is call.args[0]):
             raise UnsupportedError(f"node {call.name!r} scales by a tensor or divides by a value")
         factor = 1 / float(other) if reciprocal else float(other)
-        return k.map(lambda t: factor**2 * t, mean=None if k.mean is None else factor * k.mean)
+        mean = None if k.mean is None else factor * k.mean
+        return k.map(lambda t: factor**2 * t, mean=mean, known=_scaled(k, factor))
     if call.function == "div":
         raise UnsupportedError(f"node {call.name!r} is a quotient of two values")
     m, n = _two(call)
     ntk = _plus(None if m.ntk is None else m.ntk * n.nngp, None if n.ntk is None else m.nngp * n.ntk)
     mean = None if m.mean is None or n.mean is None else m.mean * n.mean
     return m.with_(
-        nngp=m.nngp * n.nngp, ntk=ntk, mean=mean, gaussian=False, sources=m.sources | n.sources
+        nngp=m.nngp * n.nngp, ntk=ntk, mean=mean, gaussian=False, sources=m.sources | n.sources,
+        known=_joined(Product, m, n),
     )  # fmt: skip
 
 

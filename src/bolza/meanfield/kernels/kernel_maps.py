@@ -28,6 +28,7 @@ from bolza.core.errors import UnsupportedError
 from bolza.meanfield.activations import ELEMENTWISE_MODULES, Activation, resolve_activation
 from bolza.meanfield.kernels.duals import dual
 from bolza.meanfield.kernels.kernel import Kernel, KernelCall, Values
+from bolza.meanfield.kernels.recipes import Applied, Recipe, sampled_moments
 from bolza.meanfield.kernels.windows import Window, sided_padding, slide_window
 
 __all__ = ["kernel_map"]
@@ -214,12 +215,16 @@ def activation_kernel(call: KernelCall, act: Activation) -> Kernel:
     k = call.kernel()
     if act.name in ("linear", "identity"):
         return k
-    if not k.gaussian:
+    recipe = k.recipe
+    if recipe is None or (act.noisy and not k.gaussian):
         raise UnsupportedError(
-            f"activation {call.name!r} ({act.name}) reads a value that is not Gaussian in the limit: no random layer "
-            "comes just before it, or a sum or concatenation with an earlier activation does, as in relu(x + f(x)). "
-            "Put a linear or convolutional layer between, or use pre-activation blocks x + f(relu(x))"
+            f"activation {call.name!r} ({act.name}) reads a value that is not Gaussian in the limit, nor a sum or "
+            "product of what is: no random layer comes just before it, or a concatenation, an average or a norm of an "
+            "earlier activation does. Put a linear or convolutional layer between"
         )
+    if not k.gaussian:
+        return _sampled_activation(call, k, Applied(act, recipe))
+    known = None if act.noisy else Applied(act, recipe)
     slope = k.ntk is not None
     if k.own:
         second = k.second
@@ -231,7 +236,11 @@ def activation_kernel(call: KernelCall, act: Activation) -> Kernel:
             diagonal, gain, mean = diagonal.to(second), gain.to(second), mean.to(second)
         if not k.all_pairs:
             return k.with_(
-                nngp=diagonal, ntk=None if k.ntk is None else gain * k.ntk, mean=mean, gaussian=False
+                nngp=diagonal,
+                ntk=None if k.ntk is None else gain * k.ntk,
+                mean=mean,
+                gaussian=False,
+                known=known,
             )
         by_input = k.nngp.movedim(-1, 0)  # (n, P, P)
         q = second.T
@@ -243,7 +252,7 @@ def activation_kernel(call: KernelCall, act: Activation) -> Kernel:
             slopes = slopes.movedim(0, -1).clone()
             slopes.diagonal(dim1=0, dim2=1).copy_(gain.T)
             ntk = slopes * k.ntk
-        return k.with_(nngp=nngp, ntk=ntk, mean=mean, gaussian=False)
+        return k.with_(nngp=nngp, ntk=ntk, mean=mean, gaussian=False, known=known)
     before, left, right = k.nngp, k.left.second, k.right.second
     if k.all_pairs and act.closed is None:  # a table wants few large matrices: (P n1, P n2)
         p, _, n1, n2 = before.shape
@@ -254,7 +263,16 @@ def activation_kernel(call: KernelCall, act: Activation) -> Kernel:
         nngp = nngp.view(p, n1, p, n2).transpose(1, 2).contiguous()
         slopes = None if slopes is None else slopes.view(p, n1, p, n2).transpose(1, 2)
     ntk = slopes * k.ntk if k.ntk is not None and slopes is not None else None
-    return k.with_(nngp=nngp, ntk=ntk, gaussian=False)
+    return k.with_(nngp=nngp, ntk=ntk, gaussian=False, known=known)
+
+
+def _sampled_activation(call: KernelCall, k: Kernel, recipe: Recipe) -> Kernel:
+    """K' = E hh and Θ' = Σ_ℓ Θ_ℓ E ∂_ℓh ∂_ℓh of a function h of several Gaussians, over common points."""
+    nngp, ntk, mean = sampled_moments(recipe, k.ntk is not None, call.cache, call.samples, call.seed)
+    own = None
+    if k.own:
+        own = mean.diagonal(dim1=0, dim2=1).T if k.all_pairs else mean
+    return k.with_(nngp=nngp, ntk=ntk, mean=own, known=recipe)
 
 
 def _elementwise(layer: nn.Module, call: KernelCall) -> Kernel:

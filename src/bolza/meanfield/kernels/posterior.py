@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bolza.core.errors import ArgumentError, DivergenceError, ShapeError
+from bolza.core.errors import ArgumentError, DataError, DivergenceError, ShapeError
 from bolza.core.reference import Reference, cites
 from bolza.meanfield.kernels.infinite import LEE
 
@@ -79,7 +79,8 @@ def gp_posterior(
 
     Raises:
         ShapeError: the kernels and targets do not belong together.
-        ArgumentError: ``noise`` is negative.
+        ArgumentError: ``noise`` is negative or not finite.
+        DataError: a kernel or ``y`` holds numbers that are not finite.
         DivergenceError: K̂ is not positive definite; give more noise.
 
     Reference:
@@ -91,12 +92,14 @@ def gp_posterior(
         tensor([0.5000])
     """
     _check_square("k_train", k_train, len(y))
-    if not noise >= 0:
-        raise ArgumentError(f"noise={noise} is no variance: give a number that is not negative")
+    if not 0 <= noise < math.inf:
+        raise ArgumentError(f"noise={noise} is no variance: give a finite number that is not negative")
     if k_cross is None:
         k_cross, k_test = k_train, k_train if k_test is None else k_test
     _check_cross("k_cross", k_cross, len(y))
     _check_test(k_test, len(k_cross))
+    _check_numbers(k_train=k_train, y=y, k_cross=k_cross, k_test=k_test)
+    k_cross, k_test = k_cross.to(k_train), None if k_test is None else k_test.to(k_train)
     n = len(y)
     factor = _cholesky(k_train + noise * torch.eye(n, dtype=k_train.dtype, device=k_train.device), noise)
     columns = y.reshape(n, -1).to(k_train)
@@ -104,7 +107,7 @@ def gp_posterior(
     mean = (k_cross @ solved).reshape(len(k_cross), *y.shape[1:])
     variance = covariance = None
     if k_test is not None:
-        half = torch.linalg.solve_triangular(factor, k_cross.T.to(k_train), upper=False)
+        half = torch.linalg.solve_triangular(factor, k_cross.T, upper=False)
         if k_test.ndim == 2:
             covariance = k_test - half.T @ half
             variance = covariance.diagonal().clamp_min(0)
@@ -149,6 +152,7 @@ def ntk_posterior(
     Raises:
         ShapeError: the kernels and targets do not belong together.
         ArgumentError: ``time`` or ``ridge`` is negative.
+        DataError: a kernel or ``y`` holds numbers that are not finite.
         DivergenceError: Θ(X, X) is not positive definite; give a ridge.
 
     Reference:
@@ -172,12 +176,23 @@ def ntk_posterior(
     for name, value in (("time", time), ("ridge", ridge)):
         if not value >= 0:
             raise ArgumentError(f"{name}={value} is negative")
+    _check_numbers(
+        ntk_train=ntk_train,
+        nngp_train=nngp_train,
+        y=y,
+        ntk_cross=ntk_cross,
+        nngp_cross=nngp_cross,
+        nngp_test=nngp_test,
+    )
+    nngp_train, ntk_cross, nngp_cross = (k.to(ntk_train) for k in (nngp_train, ntk_cross, nngp_cross))
+    nngp_test = None if nngp_test is None else nngp_test.to(ntk_train)
     theta = ntk_train + ridge * torch.eye(n, dtype=ntk_train.dtype, device=ntk_train.device)
     if math.isinf(time):
-        a = torch.cholesky_solve(ntk_cross.T.to(theta), _cholesky(theta, ridge)).T
+        a = torch.cholesky_solve(ntk_cross.T, _cholesky(theta, ridge)).T
     else:
         values, vectors = torch.linalg.eigh(theta)
-        grown = torch.where(values.abs() * time < 1e-12, time, -torch.expm1(-values * time) / values)
+        values = values.clamp_min(0)  # rounding below zero would grow
+        grown = torch.where(values * time < 1e-12, time, -torch.expm1(-values * time) / values)
         a = ((ntk_cross @ vectors) * grown) @ vectors.T
     mean = (a @ y.reshape(n, -1).to(theta)).reshape(len(a), *y.shape[1:])
     variance = covariance = None
@@ -220,3 +235,11 @@ def _check_test(k: Tensor | None, m: int) -> None:
         raise ShapeError(
             f"the test kernel has shape {tuple(k.shape)}: it must be ({m}, {m}), or its diagonal ({m},)"
         )
+
+
+def _check_numbers(**given: Tensor | None) -> None:
+    for name, t in given.items():
+        if t is not None and not bool(torch.isfinite(t).all()):
+            raise DataError(
+                f"{name} holds {int((~torch.isfinite(t)).sum())} numbers that are not finite: mend them"
+            )

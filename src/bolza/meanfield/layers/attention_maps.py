@@ -33,6 +33,7 @@ __all__ = ["attention_step"]
 
 UNITS = 4096
 _LEAST_HEADS = 32
+_FEW_ITEMS = 64  # so few cost little: more heads then
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class _Heads:
     ) -> None:
         self.sizes, self.dim, self.mask = sizes, dim, mask
         rows = max(len(k) for k in kernels)
-        self.heads = max(_LEAST_HEADS, math.ceil(max(UNITS, 2 * rows) / dim / 2) * 2)
+        units = UNITS if rows > _FEW_ITEMS else 4 * UNITS
+        self.heads = max(_LEAST_HEADS, math.ceil(max(units, 2 * rows) / dim / 2) * 2)
         self.generator = torch.Generator().manual_seed(0)
         self.q, self.k, self.v = (self._draw(kernel) for kernel in kernels)
         batch, t, s = sizes

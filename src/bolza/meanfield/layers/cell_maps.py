@@ -21,6 +21,8 @@ from bolza.meanfield.layers.recurrent_path import BackwardPath, GatedPath, cell_
 
 __all__: list[str] = []
 
+MEMORY = "by sampling; no theory of its gradient, which torch counts together with the way through h"
+
 
 @dataclass(frozen=True)
 class _Held(Moments):
@@ -109,8 +111,9 @@ def _one_step(layer: Any, call: Call) -> Any:
     given = call.args[1] if len(call.args) > 1 else call.kwargs.get("hx")
     states = [t for t in (given if isinstance(given, tuple) else (given,)) if t is not None]
     moments = list(call.inputs[1:])
-    if not _are_states(moments, states):  # handed over in a tuple, say: only the numbers are known
-        moments = []
+    if moments and not _are_states(moments, states):
+        # The state depends on this layer's weights in a way that is not known: independent numbers would not do.
+        return Missing("a cell whose state came in as one tuple; unpack it: h, c = cell(x, (h, c))")
     held = moments[0] if moments else None
     chained = (
         isinstance(held, _Held)
@@ -150,7 +153,7 @@ def _one_step(layer: Any, call: Call) -> Any:
         zero = torch.zeros_like(g)
         return [zero] * (1 + count)
 
-    return step, Step(cell, wait, note="by sampling; its gradient as it comes from the next step")
+    return step, Step(cell, wait, note=MEMORY, shared=True)
 
 
 def _are_states(moments: list[Moments], states: list[Tensor]) -> bool:

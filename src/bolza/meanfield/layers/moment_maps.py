@@ -72,6 +72,8 @@ class Step:
         kept: share of the variance that zero padding leaves, from layer to layer.
         activation: the activation, of a layer that is one.
         note: remark for the reader.
+        shared: whether the gradient that torch reports at the output also comes by way of another entry of
+            the same call, which theory has only together with that entry.
 
     Example:
         >>> from bolza.meanfield.layers.moments import measure
@@ -87,6 +89,7 @@ class Step:
     kept: float = 1.0
     activation: Activation | None = None
     note: str = ""
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Missing:
     Args:
         reason: why, for the reader.
         layer: whether this is a layer to be reported (not mere moving of numbers).
+        final: whether to measure it at once, because what it holds depends on this network's own weights.
 
     Example:
         >>> x = torch.zeros(1, 4, 8)
@@ -105,6 +109,7 @@ class Missing:
 
     reason: str
     layer: bool = field(default=True)
+    final: bool = False
 
 
 @singledispatch

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bolza.meanfield.layers.moment_maps import Call, Missing, Step, moment_map
-from bolza.meanfield.layers.moments import Moments
+from bolza.meanfield.layers.moments import MAX_FULL_ITEMS, Moments
 
 __all__ = ["BatchStatistics", "averaged", "pool_step", "unit_norm_step"]
 
@@ -131,6 +131,10 @@ def batch_norm_step(
     if not batch:
         assert running_mean is not None and running_var is not None
         centre, var = (t.detach().to("cpu", torch.float64) for t in (running_mean, running_var))
+        if _gathered(call.args[0], centre, var):
+            return Missing(
+                "its running statistics come from these very weights and depend on them", final=True
+            )
         return _affine_units(m, scale / (var + eps).sqrt(), shift - scale * centre / (var + eps).sqrt())
     g2, b2 = float(scale.square().mean()), float(shift.square().mean())
     if not m.full:
@@ -145,6 +149,15 @@ def batch_norm_step(
         gaussian=norm.freedom >= _MANY and b2 == 0 and bool((scale == scale[0]).all()),
     )
     return Step(out, lambda g: [g2 * norm.backward(g[0])[None]], note=f"statistics of {items} items")
+
+
+def _gathered(x: Tensor, mean: Tensor, var: Tensor) -> bool:
+    """Whether running statistics go with those of the values here, unit by unit: then they stem from data."""
+    values = x.detach().to("cpu", torch.float64).transpose(0, 1).flatten(1)
+    own = values.mean(1), values.var(1, unbiased=False)
+    pairs = (own[0], mean), (own[1] - own[1].mean(), var - var.mean())
+    limit = 4 / math.sqrt(len(mean))
+    return any(float(a @ b) > limit * float(a.norm() * b.norm()) > 0 for a, b in pairs)
 
 
 def _affine_units(m: Moments, factor: Tensor, offset: Tensor) -> Step:
@@ -190,6 +203,10 @@ def _large_batch(call: Call, g2: float, b2: float, eps: float) -> Step | Missing
         gaussian=True,
         sources=frozenset({call.name}),
     )
+    if m.samples * m.positions <= MAX_FULL_ITEMS:  # what batch statistics take from a gradient then counts
+        return Step(
+            out, lambda g: [None], note="share of the batch mean, and the gradient before it, measured"
+        )
     return Step(out, lambda g: [g * scale * uneven], note="share of the batch mean measured")
 
 

@@ -29,7 +29,7 @@ from bolza.meanfield.layers.moments import MAX_FULL_ITEMS, Moments, measure
 from bolza.meanfield.layers.walk import Visit, evaluate, seeded
 from bolza.ops.draws import white_draws
 
-__all__ = ["VirtualUnits", "is_signal", "unit_dim_of"]
+__all__ = ["CONTRACTIONS", "OWN_WEIGHTS", "VirtualUnits", "is_signal", "unit_dim_of"]
 
 _UNITS = (1024, 4096)  # drawn for a layer of median width, if that many fit: more where there are fewer items
 _DRAWN = 1 << 18  # numbers that such a layer should come to
@@ -37,7 +37,7 @@ _NUMBERS = 1 << 21  # of one value, at most (16 MB)
 _COPIES = 64  # of the network, at most
 _RANDOM = ("dropout", "rrelu", "rand", "bernoulli", "normal")
 
-_CONTRACTIONS = frozenset(
+CONTRACTIONS = frozenset(
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution matmul mm bmm addmm "
     "baddbmm einsum embedding bilinear scaled_dot_product_attention multi_head_attention_forward "
     "rnn_tanh rnn_relu lstm gru".split()
@@ -52,7 +52,7 @@ _POINTWISE = (
 _POINTWISE_LAYERS: tuple[type[nn.Module], ...] = (
     *activations.ELEMENTWISE_MODULES, nn.GLU, nn.Dropout, nn.AlphaDropout, nn.LayerNorm, nn.RMSNorm,
 )  # fmt: skip
-_OWN_WEIGHTS: tuple[type[nn.Module], ...] = (
+OWN_WEIGHTS: tuple[type[nn.Module], ...] = (
     nn.PReLU, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase,
 )  # fmt: skip
 _UNITS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
@@ -133,9 +133,9 @@ class VirtualUnits:
         """Whether the node's own function says it all: no weights of its own, and pairs enough are known."""
         layer, name = visit.calls, function_name(visit.node.target)
         if layer is not None:
-            if not isinstance(layer, _OWN_WEIGHTS) and next(layer.parameters(), None) is not None:
+            if not isinstance(layer, OWN_WEIGHTS) and next(layer.parameters(), None) is not None:
                 return False
-        elif name in _CONTRACTIONS:
+        elif name in CONTRACTIONS:
             given = [self.visits[n].value for n in visit.node.all_input_nodes if n not in visit.inputs
                      or n.meta["role"] != "data"]  # fmt: skip
             if any(isinstance(v, Tensor) and v.is_floating_point() and v.numel() > 1 for v in given):

@@ -20,7 +20,7 @@ from torch.utils import _pytree
 
 from bolza.core.errors import ArgumentError, TraceError
 from bolza.meanfield.layers.function_maps import function_name
-from bolza.meanfield.layers.moment_maps import Missing, Step
+from bolza.meanfield.layers.moment_maps import Missing, Step, moment_map
 from bolza.meanfield.layers.moments import Moments
 from bolza.ops.replay import differentiable_kernels
 from bolza.systems.trace import trace
@@ -118,6 +118,35 @@ def _as_double(x: Any) -> Any:
     return _pytree.tree_map_only(Tensor, cast, x)
 
 
+class _Alone(nn.Module):
+    """One layer as a network, so that its call is a node of the graph, under the name of its class."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.name = type(layer).__name__
+        self.add_module(self.name, layer)
+        self.train(layer.training)
+
+    def forward(self, a: Any, b: Any = None, c: Any = None, d: Any = None) -> Any:
+        """Call the layer with what was given."""
+        rest = [b, c, d]
+        while rest and rest[-1] is None:
+            rest.pop()
+        return _opened(self.get_submodule(self.name)(a, *rest))
+
+
+def _opened(out: Any) -> Any:
+    """A tuple entry by entry, also while it is traced: then each entry is a node."""
+    value = out.node.meta["val"] if isinstance(out, fx.Proxy) else out
+    return tuple(_opened(out[i]) for i in range(len(value))) if isinstance(value, tuple) else out
+
+
+def _by_name(model: nn.Module) -> nn.Module:
+    """The model; if it is itself a layer with a map (``nn.GRU``), a network of that layer alone."""
+    known = moment_map.dispatch(type(model)) is not moment_map.dispatch(object)
+    return _Alone(model) if known and not isinstance(model, nn.Identity) else model
+
+
 def real_pass(
     model: nn.Module, args: tuple[Any, ...], objective: Callable[[Any], Tensor], seed: int
 ) -> dict[fx.Node, Visit]:
@@ -135,7 +164,7 @@ def real_pass(
     Raises:
         TraceError: the graph cannot be read.
     """
-    twin = double_copy(model)
+    twin = _by_name(double_copy(model))
     inputs = _as_double(args)
     first = next((t for t in _pytree.tree_leaves(inputs) if isinstance(t, Tensor)), None)
     if first is None:
