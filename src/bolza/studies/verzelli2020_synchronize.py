@@ -261,6 +261,6 @@ def _draw(canvas: Any, found: Sweep) -> None:
     for axes in (left, right):
         axes.axvline(1.0, color=role("muted"), linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set(xlabel="spectral radius $\\rho$")
-        axes.legend(loc="lower right" if axes is left else "lower left")
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0))  # points lie everywhere below
     left.axhline(0.0, color=role("muted"), linewidth=0.8)
     log_axis(right)
