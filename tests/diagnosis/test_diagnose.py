@@ -260,7 +260,7 @@ def test_settings_that_make_no_sense_are_named(options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("depth, seed", [(50, 0), (100, 1)])
+@pytest.mark.parametrize("depth, seed", [(50, 0), (50, 1), (100, 0), (100, 1)])
 def test_the_default_goes_from_chance_to_95_per_cent(depth, seed):
     torch.manual_seed(seed)
     d = bolza.diagnose(models.mlp(depth=depth), "digits", train=True, seed=seed)
