@@ -29,3 +29,11 @@ def ctrl_c_is_heard():
     """A shell starts background jobs with SIGINT ignored, and their children inherit that: undo it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests and examples run untraced: quick tests reach the same lines, and tracing costs up to a half more."""
+    if config.pluginmanager.hasplugin("pytest_cov"):
+        for item in items:
+            if item.get_closest_marker("slow") or item.path.name == "test_examples.py":
+                item.add_marker(pytest.mark.no_cover)

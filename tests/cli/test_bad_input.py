@@ -106,7 +106,7 @@ def test_the_phase_diagram_refuses_in_one_sentence(bolza, arguments, words):
     [
         (("cite", "fixed_poin"), ("'fixed_poin'", "did you mean")),
         (("methods", "meanfeld"), ("meanfeld", "meanfield")),
-        (("reproduce", "liu2018"), ("'liu2018'", "did you mean liu2019_review")),
+        (("reproduce", "liu2019_revue"), ("'liu2019_revue'", "did you mean liu2019_review")),
         (("reproduce", "liu2019_review", "--all"), ("--all",)),
         (("reproduce", "liu2019_review", "--scale", "tiny"), ("'tiny'", "small")),
         (("bench", "nothing_like_it"), ("nothing_like_it",)),

@@ -6,12 +6,23 @@ from bolza.core.cost import (
     MaximumPrincipleResiduals,
     TerminalCost,
     adjoint,
+    extended_hamiltonian,
     hamiltonian,
     hamiltonian_gap,
     maximum_principle_residuals,
-    proximal_minimizer,
 )
 from bolza.core.diffusion import Diffusion, simulate
+from bolza.core.minimizers import (
+    Minimizer,
+    binary_rule,
+    gibbs_minimizer,
+    gradient_minimizer,
+    lbfgs_minimizer,
+    proximal_minimizer,
+    quadratic_minimizer,
+    sign_minimizer,
+    ternary_rule,
+)
 from bolza.core.policy import Policy
 from bolza.core.reference import Reference, cites
 from bolza.core.system import LinearMap, System, linearize, rollout
@@ -23,18 +34,27 @@ __all__ = [
     "Diffusion",
     "LinearMap",
     "MaximumPrincipleResiduals",
+    "Minimizer",
     "Policy",
     "Reference",
     "System",
     "TerminalCost",
     "Trajectory",
     "adjoint",
+    "binary_rule",
     "cites",
+    "extended_hamiltonian",
+    "gibbs_minimizer",
+    "gradient_minimizer",
     "hamiltonian",
     "hamiltonian_gap",
+    "lbfgs_minimizer",
     "linearize",
     "maximum_principle_residuals",
     "proximal_minimizer",
+    "quadratic_minimizer",
     "rollout",
+    "sign_minimizer",
     "simulate",
+    "ternary_rule",
 ]

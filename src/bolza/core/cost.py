@@ -11,6 +11,7 @@ then carry its 1/batch, and H is summed over samples.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,9 +19,19 @@ import torch
 from torch import Tensor
 
 from bolza.core.errors import ArgumentError, ShapeError
+from bolza.core.minimizers import Minimizer, proximal_minimizer
 from bolza.core.system import System, check_step
 from bolza.core.trajectory import Trajectory
-from bolza.ops.trees import Tree, float_leaves, tree_add, tree_dot, tree_map, tree_norm, with_float_leaves
+from bolza.ops.trees import (
+    Tree,
+    float_leaves,
+    is_differentiable,
+    tree_add,
+    tree_dot,
+    tree_map,
+    tree_norm,
+    with_float_leaves,
+)
 
 __all__ = [
     "CallableCost",
@@ -28,13 +39,11 @@ __all__ = [
     "MaximumPrincipleResiduals",
     "TerminalCost",
     "adjoint",
+    "extended_hamiltonian",
     "hamiltonian",
     "hamiltonian_gap",
     "maximum_principle_residuals",
-    "proximal_minimizer",
 ]
-
-Minimizer = Callable[[Callable[[Tree], Tensor], Tree], Tree]
 
 
 @runtime_checkable
@@ -130,6 +139,102 @@ def hamiltonian(system: System, cost: Cost, t: int, x: Tree, p: Tree, u: Tree) -
     following = system.step(t, x, u)
     _check_costate(t, p, following)
     return tree_dot(p, following) + cost.running(t, x, u)
+
+
+def extended_hamiltonian(
+    system: System,
+    cost: Cost,
+    t: int,
+    x: Tree,
+    p: Tree,
+    u: Tree,
+    *,
+    following: Tree,
+    costate: Tree | None = None,
+    rho: float = 1.0,
+    samples: int = 1,
+) -> Tensor:
+    r"""Hamiltonian with the price of leaving the trajectory, to be minimised over u with all else held.
+
+        H̃_t(u) = H_t(x, p, u) + ρ/(2S) ‖x_{t+1} − f_t(x, u)‖² + ρS/2 ‖p_t − ∇_x H_t(x, p, u)‖²
+
+    A lower H_t lowers J only as long as the new control keeps states and costates near the ones it was chosen for; the
+    two further terms, both zero at the present control, see to that. With S the number of samples whose mean the cost
+    takes, H̃ is the mean over samples of the extended Hamiltonian of each, whatever S is.
+
+    Args:
+        system: dynamics f.
+        cost: running cost L, in the units of the loss.
+        t: step, ``0 <= t < system.horizon``.
+        x: state x_t.
+        p: costate p_{t+1}, with the structure of f_t(x, u).
+        u: control.
+        following: the state x_{t+1} that the trajectory has after the step.
+        costate: the costate p_t of the trajectory; without it, and for leaves that are None, the last term is left out.
+        rho: weight ρ of both terms, zero or positive.
+        samples: S; 1 where the cost is a sum over samples.
+
+    Returns:
+        Scalar tensor, differentiable in u.
+
+    Raises:
+        ArgumentError: ``t`` is not a step of the system, ``rho`` is negative, or ``samples`` is below 1.
+        ShapeError: p or ``following`` does not have the shape of the next state.
+
+    Reference: Li, Chen, Tai & E (2018), arXiv:1710.09513, the extended maximum principle. Departures: the sign of H
+    and p is reversed, and the terms do not depend on the size of the batch.
+
+    Example:
+        >>> from bolza.systems import LinearSystem
+        >>> system, one = LinearSystem(torch.eye(1), torch.eye(1), horizon=1), torch.ones(1)
+        >>> far = extended_hamiltonian(system, CallableCost(), 0, one, one, 2 * one, following=2 * one, rho=4.0)
+        >>> far, hamiltonian(system, CallableCost(), 0, one, one, 2 * one)  # the control is off by one
+        (tensor(5.), tensor(3.))
+    """
+    if not (rho >= 0 and samples >= 1):
+        raise ArgumentError(
+            f"rho is {rho} and samples is {samples}: rho must not be negative, and samples be at least 1"
+        )
+    check_step(system, t)
+    wanted = [leaf for leaf in float_leaves(costate) if rho] if costate is not None else []
+    held = tree_map(Tensor.detach, x)
+    if wanted:
+        held = tree_map(Tensor.requires_grad_, held)
+    with torch.enable_grad() if wanted else nullcontext():
+        reached = system.step(t, tree_map(Tensor.clone, held), u)
+        _check_costate(t, p, reached)
+        value = tree_dot(p, reached) + cost.running(t, held, u)
+        if not rho:
+            return value
+        extended = value + rho / (2 * samples) * _squared_distance(t, following, reached)
+        if wanted:
+            slopes = torch.autograd.grad(
+                value, float_leaves(held), create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            gaps = [
+                (slope - known).square().sum()
+                for known, slope in zip(_float_or_none(held, costate), slopes, strict=True)
+                if known is not None
+            ]
+            extended = extended + rho * samples / 2 * torch.stack(gaps).sum()
+    return extended if torch.is_grad_enabled() else extended.detach()
+
+
+def _float_or_none(x: Tree, costate: Tree) -> list[Tensor | None]:
+    """Leaves of a costate beside those of its state that have a derivative; None stays None."""
+    leaves = torch.utils._pytree.tree_leaves(x)
+    kept = torch.utils._pytree.tree_leaves(costate)
+    return [p for leaf, p in zip(leaves, kept, strict=True) if is_differentiable(leaf)]
+
+
+def _squared_distance(t: int, following: Tree, reached: Tree) -> Tensor:
+    given, found = float_leaves(following), float_leaves(reached)
+    if [a.shape for a in given] != [b.shape for b in found]:
+        raise ShapeError(
+            f"step {t} returned a state of shape {[tuple(b.shape) for b in found]}, but following has the shape "
+            f"{[tuple(a.shape) for a in given]}: they must belong to the same batch and mode of the model"
+        )
+    return torch.stack([(a - b).square().sum() for a, b in zip(given, found, strict=True)]).sum()
 
 
 def _check_costate(t: int, p: Tree, following: Tree) -> None:
@@ -240,63 +345,6 @@ def _pull_back(
         grads = tuple(torch.zeros_like(leaf) for leaf in inputs)
     found = iter(grads)
     return [with_float_leaves(tree, [next(found) for _ in float_leaves(tree)], other=None) for tree in trees]
-
-
-def proximal_minimizer(rho: float = 1.0, iterations: int = 20) -> Minimizer:
-    r"""A minimiser of H(v) + (ρ/2)‖v − u‖² over v, by L-BFGS from u.
-
-    The proximal term keeps the minimum finite where H is linear in the control, as it is in the
-    weights of an affine layer. The result never has a larger H than u.
-
-    Args:
-        rho: weight ρ of the proximal term, in units of H per squared control; positive.
-        iterations: L-BFGS iterations.
-
-    Returns:
-        A function (H, u) → v for :func:`hamiltonian_gap`.
-
-    Raises:
-        ArgumentError: ``rho`` or ``iterations`` is not positive.
-
-    Example:
-        >>> minimise = proximal_minimizer(rho=1.0)
-        >>> minimise(lambda v: 2 * v.sum(), torch.zeros(1))
-        tensor([-2.])
-    """
-    if not (rho > 0 and iterations > 0):
-        raise ArgumentError(f"rho is {rho} and iterations is {iterations}: both must be positive")
-
-    def minimise(function: Callable[[Tree], Tensor], u: Tree) -> Tree:
-        v = tree_map(lambda leaf: leaf.detach().clone().requires_grad_(), u)
-        leaves = float_leaves(v)
-        if not leaves:
-            return u
-        start = tree_map(Tensor.detach, u)
-        # the default tolerances are absolute and would stop at once where gradients are small
-        solver = torch.optim.LBFGS(
-            leaves,
-            max_iter=iterations,
-            tolerance_grad=1e-14,
-            tolerance_change=1e-16,
-            line_search_fn="strong_wolfe",
-        )
-
-        def objective() -> Tensor:
-            difference = tree_add(v, start, alpha=-1.0)
-            value = function(v) + rho / 2 * tree_dot(difference, difference)
-            # not backward(): that would also fill .grad of parameters that are no part of the control
-            grads = torch.autograd.grad(value, leaves, materialize_grads=True, allow_unused=True)
-            for leaf, grad in zip(leaves, grads, strict=True):
-                leaf.grad = grad
-            return value
-
-        with torch.enable_grad():
-            solver.step(objective)  # type: ignore[no-untyped-call]
-        v = tree_map(Tensor.detach, v)
-        with torch.no_grad():
-            return v if bool(function(v) <= function(start)) else start
-
-    return minimise
 
 
 def hamiltonian_gap(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bolza.core.errors import ArgumentError
+from bolza.models.branched import inception
 from bolza.models.convolutional import cnn, densenet, resnet
 from bolza.models.mlp import mlp
 from bolza.models.recurrent import gru
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = ["NAMES", "make"]
 
-NAMES = ("mlp", "cnn", "resnet", "densenet", "vit", "gpt", "gru")
+NAMES = ("mlp", "cnn", "resnet", "densenet", "inception", "vit", "gpt", "gru")
 """Names that :func:`make` knows."""
 
 _IMAGES: dict[str, Callable[..., nn.Module]] = {
     "cnn": cnn,
     "resnet": resnet,
     "densenet": densenet,
+    "inception": inception,
     "vit": vit,
 }
 

@@ -12,15 +12,28 @@ One ordinary forward and backward pass over a batch gives the factors of all its
 # ruff: noqa: D102  (the methods of a block are described once, in Block)
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["RULES", "Block", "Dense", "Lookup", "Outer", "Signals", "Sum", "gram", "merge", "storage"]
+__all__ = [
+    "RULES",
+    "Block",
+    "Dense",
+    "Lookup",
+    "Outer",
+    "Signals",
+    "Sum",
+    "gram",
+    "merge",
+    "outer_factors",
+    "storage",
+]
 
 _ROOM = 2**24  # numbers in a temporary block of explicit gradients
 
@@ -272,6 +285,34 @@ Signals = Callable[[Tensor], dict[str, Block]]
 Rule = Callable[[nn.Module, Tensor], Signals | None]
 
 
+def outer_factors(layer: nn.Module, x: Tensor, p: Tensor) -> Outer | None:
+    """Factors of the weight's gradient in a dense or convolutional layer, always as rows.
+
+    Args:
+        layer: the layer.
+        x: what entered it, samples first.
+        p: what came back to its output.
+
+    Returns:
+        ``Outer`` with one row a place (a pixel of the output); ``None`` for other layers, and for groups.
+
+    Example:
+        >>> rows = outer_factors(nn.Conv1d(2, 4, 3), torch.ones(5, 2, 8), torch.ones(5, 4, 6))
+        >>> rows.inputs.shape, rows.signals.shape
+        (torch.Size([5, 6, 6]), torch.Size([5, 6, 4]))
+    """
+    n = x.shape[0]
+    if isinstance(layer, nn.Linear) and x.ndim > 1:
+        return Outer(x.reshape(n, -1, x.shape[-1]), p.reshape(n, -1, p.shape[-1]))
+    if (
+        isinstance(layer, nn.Conv1d | nn.Conv2d)
+        and layer.groups == 1
+        and x.ndim == 2 + len(layer.kernel_size)
+    ):
+        return Outer(_columns(layer, x, p.shape[2:]).mT, p.flatten(2).mT)
+    return None
+
+
 def _linear(layer: nn.Module, x: Tensor) -> Signals | None:
     n = x.shape[0]
     if x.ndim < 2:
@@ -285,23 +326,55 @@ def _linear(layer: nn.Module, x: Tensor) -> Signals | None:
     return blocks
 
 
+def _padded(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    if not any(layer._reversed_padding_repeated_twice):
+        return x
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+
+
+def _windows(
+    layer: nn.Conv1d | nn.Conv2d, x: Tensor, sizes: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """For each entry of the kernel, the pixels that it meets: a view (n, channels, *sizes) of the padded input."""
+    for offset in product(*map(range, layer.kernel_size)):
+        at = [
+            slice(o * d, o * d + s * (size - 1) + 1, s)
+            for o, d, s, size in zip(offset, layer.dilation, layer.stride, sizes, strict=True)
+        ]
+        yield offset, x[(slice(None), slice(None), *at)]
+
+
+def _columns(layer: nn.Conv1d | nn.Conv2d, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The patches that a convolution sees, (n, channels · kernel, places), for an output of ``sizes``."""
+    pieces = [window for _, window in _windows(layer, _padded(layer, x), sizes)]
+    return torch.stack(pieces, 2).flatten(3).flatten(1, 2)
+
+
+def _conv_gradients(layer: nn.Conv1d | nn.Conv2d, x: Tensor, p: Tensor) -> Tensor:
+    """Gradients of the samples in the kernel, (n, out · in/groups · kernel), without the patches."""
+    n, groups = x.shape[0], layer.groups
+    signals = p.reshape(n, groups, -1, p[0, 0].numel())
+    out = p.new_empty(n, *layer.weight.shape)
+    for offset, window in _windows(layer, _padded(layer, x), p.shape[2:]):
+        pixels = window.reshape(n, groups, -1, signals.shape[-1])
+        out.movedim((0, 1, 2), (-3, -2, -1))[offset] = (signals @ pixels.mT).flatten(1, 2)
+    return out.flatten(1)
+
+
 def _conv(layer: nn.Module, x: Tensor) -> Signals | None:
     assert isinstance(layer, nn.Conv1d | nn.Conv2d)
     if x.ndim != 2 + len(layer.kernel_size):
         return None
-    n, groups = x.shape[0], layer.groups
-    if any(layer._reversed_padding_repeated_twice):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    one = isinstance(layer, nn.Conv1d)
-    shape = [(1, *value) if one else value for value in (layer.kernel_size, layer.dilation, layer.stride)]
-    columns = F.unfold(x[:, :, None] if one else x, shape[0], dilation=shape[1], stride=shape[2])
-    x = columns.reshape(n, groups, -1, columns.shape[-1])
 
     def blocks(p: Tensor) -> dict[str, Block]:
-        p = p.reshape(n, groups, -1, columns.shape[-1])
-        weight = _outer(x[:, 0].mT, p[:, 0].mT) if groups == 1 else Dense((p @ x.mT).flatten(1))
-        return {"weight": weight, "bias": Dense(p.sum(-1).flatten(1))}
+        width, places = layer.weight[0].numel(), p[0, 0].numel()
+        weight: Block
+        if layer.groups > 1 or places * (width + p.shape[1]) > width * p.shape[1]:
+            weight = Dense(_conv_gradients(layer, x, p))
+        else:
+            weight = Outer(_columns(layer, x, p.shape[2:]).mT, p.flatten(2).mT)
+        return {"weight": weight, "bias": Dense(p.flatten(2).sum(-1))}
 
     return blocks
 

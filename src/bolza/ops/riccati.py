@@ -4,7 +4,7 @@ r"""The discrete Riccati equation: linear dynamics, quadratic cost, and the feed
     V_t(x) = ½ xᵀ P_t x,   u_t = −K_t x_t
 
 Matrices may carry leading batch dimensions, which broadcast. The recursions run in float64 and
-return the dtype they were given.
+return the dtype they were given, the default one for integers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from bolza.ops.bellman import bellman_sweep, common_length
 from bolza.ops.errors import ArgumentError, DivergenceError, ShapeError
 
 __all__ = ["RiccatiSolution", "riccati_recursion", "stationary_riccati"]
@@ -73,20 +74,13 @@ def riccati_recursion(
         >>> riccati_recursion(one, one, one, one, one, horizon=2).K.flatten()
         tensor([0.6000, 0.5000])
     """
-    steps = _common_length(horizon, A=A, B=B, Q=Q, R=R)
-    P = terminal.double()
-    values, gains = [P], []
-    for t in reversed(range(steps)):
+    steps = common_length(horizon, A=A, B=B, Q=Q, R=R)
+    for t in range(steps):
         a, b, q, r = (_at(M, t) for M in (A, B, Q, R))
-        _check_shapes(a, b, q, r, P)
-        K = _gain(a, b, r, P, f"step {t}")
-        closed = a - b @ K
-        P = _symmetric(q + K.mT @ r @ K + closed.mT @ P @ closed)
-        values.append(P)
-        gains.append(K)
-    like = terminal.dtype
-    P0, *rest = torch.broadcast_tensors(*reversed(values))  # type: ignore[no-untyped-call]
-    return RiccatiSolution(torch.stack([P0, *rest]).to(like), torch.stack(gains[::-1]).to(like))
+        _check_shapes(a, b, q, r, terminal)
+    sweep = bellman_sweep(A, B, Q, R, terminal, horizon=horizon)
+    P0, *rest = torch.broadcast_tensors(*sweep.P)  # type: ignore[no-untyped-call]
+    return RiccatiSolution(torch.stack([P0, *rest]), -torch.stack(sweep.K))
 
 
 def stationary_riccati(
@@ -129,7 +123,9 @@ def stationary_riccati(
     a, b, q, r = (M.double() for M in (A, B, Q, R))
     _check_shapes(a, b, q, r, q)
     identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    q, r = _symmetric(q), _symmetric(r)  # the cost sees no more of them
     F, G, H = a, b @ torch.cholesky_solve(b.mT, _cholesky(r, "R")), q
+    like = A.dtype if A.is_floating_point() else torch.get_default_dtype()
     for _ in range(max_doublings):
         n = F.shape[-1]
         solved = torch.linalg.solve(identity + G @ H, torch.cat(torch.broadcast_tensors(F, G), dim=-1))  # type: ignore[no-untyped-call]
@@ -140,34 +136,20 @@ def stationary_riccati(
         if not bool(torch.isfinite(size).all()):
             break
         if bool((size <= tol * H.abs().amax(dim=(-2, -1))).all()):
-            return RiccatiSolution(H.to(A.dtype), _gain(a, b, r, H, "the limit").to(A.dtype))
+            return RiccatiSolution(H.to(like), _gain(a, b, r, H, "the limit").to(like))
     raise DivergenceError(
         "the cost of the infinite horizon is not finite: B does not reach an unstable mode of A that Q weighs, "
         "so add an input or take the weight off that mode"
     )
 
 
-def _common_length(horizon: int | None, **matrices: Matrices) -> int:
-    lengths = {name: len(M) for name, M in matrices.items() if not isinstance(M, Tensor)}
-    if horizon is not None:
-        lengths["horizon"] = horizon
-    if not lengths:
-        raise ArgumentError("horizon is None, but no matrix is a sequence: give the number of steps")
-    if len(set(lengths.values())) > 1:
-        raise ShapeError(
-            f"the numbers of steps differ, {lengths}: give one matrix a step, or one for all steps"
-        )
-    steps = next(iter(lengths.values()))
-    if steps < 1:
-        raise ArgumentError(f"horizon is {steps}: there must be at least one step")
-    return steps
-
-
 def _at(matrices: Matrices, t: int) -> Tensor:
-    return (matrices if isinstance(matrices, Tensor) else matrices[t]).double()
+    return matrices if isinstance(matrices, Tensor) else matrices[t]
 
 
 def _check_shapes(a: Tensor, b: Tensor, q: Tensor, r: Tensor, p: Tensor) -> None:
+    if a.ndim < 2 or b.ndim < 2:
+        raise ShapeError(f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}: they must be matrices")
     out, n, m = a.shape[-2], a.shape[-1], b.shape[-1]
     wanted = {"A": (out, n), "B": (out, m), "Q": (n, n), "R": (m, m), "P": (out, out)}
     given = {"A": a, "B": b, "Q": q, "R": r, "P": p}

@@ -1,10 +1,21 @@
-"""Lyapunov exponents of networks over layers, time and training steps; synchronisation; curvature by twins."""
+"""Lyapunov exponents of networks over layers, time and training steps; synchronisation; certified optimizers."""
 
 from bolza.stability.curvature import (
     CurvatureExponent,
     TwinCurvature,
     curvature_exponent,
     twin_operator,
+)
+from bolza.stability.lure import (
+    FeedbackOptimization,
+    FirstOrderMethod,
+    RateCertificate,
+    certified_rate,
+    first_order_method,
+    gradient_descent,
+    heavy_ball,
+    nesterov,
+    quadratic_rate,
 )
 from bolza.stability.lyapunov import LyapunovSpectrum, lyapunov_exponents
 from bolza.stability.multilayer import MultilayerExponents, ftmle
@@ -18,16 +29,25 @@ from bolza.stability.synchronize import (
 
 __all__ = [
     "CurvatureExponent",
+    "FeedbackOptimization",
+    "FirstOrderMethod",
     "LyapunovSpectrum",
     "MultilayerExponents",
     "MutualNeighbours",
+    "RateCertificate",
     "TwinCurvature",
+    "certified_rate",
     "conditional_exponent",
     "curvature_exponent",
     "drive",
+    "first_order_method",
     "ftmle",
+    "gradient_descent",
+    "heavy_ball",
     "lyapunov_exponents",
     "mutual_false_neighbours",
+    "nesterov",
+    "quadratic_rate",
     "synchronisation_error",
     "twin_operator",
 ]

@@ -17,7 +17,7 @@ import importlib
 import pkgutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -151,6 +151,19 @@ class StudyFailure:
     key: str
     message: str
     trace: str = ""
+
+
+def mean_error(values: Iterable[float]) -> tuple[float, float]:
+    """Mean over seeds and its standard error; the error of a single value is 0.
+
+    Example:
+        >>> mean_error([1.0, 3.0])
+        (2.0, 1.0)
+    """
+    numbers = [float(value) for value in values]
+    mean = sum(numbers) / len(numbers)
+    spread = sum((number - mean) ** 2 for number in numbers)
+    return mean, (spread / (len(numbers) - 1) / len(numbers)) ** 0.5 if len(numbers) > 1 else 0.0
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from bolza.data import digits
 from bolza.meanfield.kernels import Linearized, empirical_ntk, linearized, ntk, two_layer_gram
 from bolza.meanfield.kernels.linearized import REFERENCE
 from bolza.report import Figure, log_axis, role
-from bolza.studies._study import Progress, Row, Scale, StudyResult
+from bolza.studies._study import Progress, Row, Scale, StudyResult, mean_error
 
 __all__ = ["CLAIM", "KEY", "REFERENCE", "TITLE", "run"]
 
@@ -230,11 +230,6 @@ def exponent(widths: Sequence[int], values: Sequence[Sequence[float]]) -> tuple[
     return round(float(weights @ logs.mean(1)), 12), float(error)
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    v = torch.tensor(values, dtype=torch.float64)
-    return float(v.mean()), float(v.std() / len(v) ** 0.5)
-
-
 def gap_rows(found: dict[int, Measured]) -> list[Row]:
     """How gap and kernel change fall with the width."""
     rows = []
@@ -247,7 +242,7 @@ def gap_rows(found: dict[int, Measured]) -> list[Row]:
         values = [getattr(m, key) for m in found.values()]
         first = next(k for k, w in enumerate(widths) if 4 * w >= widths[-1])  # the law is asymptotic
         slope, error = exponent(widths[first:], values[first:])
-        each = ", ".join("{:.3f} ± {:.3f}".format(*_mean(v)) for v in values)
+        each = ", ".join("{:.3f} ± {:.3f}".format(*mean_error(v)) for v in values)
         rows.append(
             Row(
                 f"exponent of the {name}, from width {widths[first]}",
@@ -264,7 +259,7 @@ def gap_rows(found: dict[int, Measured]) -> list[Row]:
 def limit_rows(found: dict[int, Measured]) -> list[Row]:
     """Where training begins to diverge."""
     width = max(found)
-    mean, error = _mean(found[width].onset)
+    mean, error = mean_error(found[width].onset)
     return [
         Row(
             f"learning rate at which training begins to diverge, over 2/λ_max, at width {width}",
@@ -284,7 +279,7 @@ def curve_rows(found: dict[int, Measured]) -> list[Row]:
         float(((c - t).abs() / c[0]).max())
         for c, t in zip(found[width].curve, found[width].theory, strict=True)
     ]
-    mean, error = _mean(worst)
+    mean, error = mean_error(worst)
     return [
         Row(
             f"largest distance of the loss from its prediction in {len(found[width].curve[0]) - 1} steps, over the "
@@ -365,7 +360,7 @@ def _draw_gaps(canvas: Any, found: dict[int, Measured]) -> None:
                 axes.plot(
                     [width * (1 + 0.06 * k)] * len(v), v, "o", color=role(colour), alpha=0.3, markersize=3
                 )
-            means = [_mean(v)[0] for v in values]
+            means = [mean_error(v)[0] for v in values]
             axes.plot(widths, means, "D-", color=role(colour), markersize=5, label=name)
             if k == 0:
                 guide = [means[0] * (widths[0] / w) ** 0.5 for w in widths]

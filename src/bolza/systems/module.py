@@ -9,9 +9,9 @@ on copies. Batch normalisation couples the samples of a batch: costates are thos
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -130,6 +130,40 @@ class ModuleSystem:
     # -- what it was made of
 
     @property
+    def random(self) -> bool:
+        """Whether a stage draws random numbers (dropout) in the present mode."""
+        return any(state is not None for state in self._program().randomness)
+
+    @contextmanager
+    def drawing_from(self, start: Sequence[Tensor] | None, states: Sequence[Any]) -> Iterator[None]:
+        """A context in which random stages draw what a forward pass of the network drew.
+
+        Args:
+            start: states of the generators when that pass began; ``None`` leaves all as it is.
+            states: its states x_0, x_1, …
+        """
+        if start is None or not self.random:
+            yield
+            return
+        program = self._program()
+        drawn: list[list[Tensor] | None] = []
+        with (
+            torch.no_grad(),
+            untouched(self.module, self._example),
+            restored_randomness(start, self._example),
+        ):
+            for stage, replay, x in zip(program.stages, program.replays, states, strict=False):
+                drawn.append(random_states(self._example) if replay.random else None)
+                if replay.random:
+                    advance(stage, replay, x, {})
+        mode = self._mode()
+        self._latest = self._programs[mode] = replace(program, randomness=tuple(drawn))
+        try:
+            yield
+        finally:
+            self._latest = self._programs[mode] = program
+
+    @property
     def stage_names(self) -> tuple[str, ...]:
         """Name of every stage: the layers it consists of."""
         return tuple(stage.name for stage in self._program().stages)
@@ -146,6 +180,24 @@ class ModuleSystem:
             tuple(dict.fromkeys(str(n.target) for n in stage.nodes if n.op == "call_module"))
             for stage in self._program().stages
         )
+
+    def uses(self) -> dict[str, set[tuple[int, str | None]]]:
+        """Where each parameter is used: the stage, and the path of the layer that holds it.
+
+        The path is ``None`` where the parameter is used without a layer of its own.
+        """
+        names = {id(value): name for name, value in self.module.named_parameters()}
+        paths = {part: path for path, part in self.module.named_modules()}
+        found: dict[str, set[tuple[int, str | None]]] = {}
+        for t, replay in enumerate(self._program().replays):
+            for name in replay.read_alone:
+                found.setdefault(name, set()).add((t, None))
+            for layer in replay.layers:
+                for part in layer.modules():
+                    for value in part._parameters.values():
+                        if value is not None:
+                            found.setdefault(names[id(value)], set()).add((t, paths[part]))
+        return found
 
     @property
     def traced(self) -> Traced:
@@ -261,8 +313,11 @@ class ModuleSystem:
         self._latest = self._programs[mode]
         return self._latest
 
+    def _stages(self, traced: Traced) -> tuple[Stage, ...]:
+        return split_into_stages(traced, split=self._split, stages=self._cuts)
+
     def _prepare(self, traced: Traced) -> _Program:
-        stages = split_into_stages(traced, split=self._split, stages=self._cuts)
+        stages = self._stages(traced)
         replays = tuple(Replay(self.module, stage.nodes, traced.constants) for stage in stages)
         randomness: list[list[Tensor] | None] = [None] * len(stages)
         if any(replay.random for replay in replays):

@@ -173,8 +173,10 @@ class Splitting:
 def _moved(x: Tree, h: float, weights: Sequence[float], slopes: Sequence[Tree]) -> Tree:
     """Return x + h Σ wᵢ kᵢ."""
     for w, slope in zip(weights, slopes, strict=True):
-        if w:
-            x = tree_map(lambda a, k, w=w: a + h * w * k, x, slope)
+        if w and isinstance(x, torch.Tensor):
+            x = torch.add(x, slope, alpha=h * w)
+        elif w:
+            x = tree_map(lambda a, k, w=w: torch.add(a, k, alpha=h * w), x, slope)
     return x
 
 

@@ -12,6 +12,8 @@ from torch.utils import _pytree
 
 from bolza.core.trajectory import Trajectory
 from bolza.systems.module import ModuleSystem
+from bolza.systems.signals import LayerSignal
+from bolza.systems.tracer import random_states
 
 if TYPE_CHECKING:
     from bolza.systems.recorder import Recorder
@@ -31,6 +33,10 @@ class Layout:
     routed: bool
     # layer → (point, cut, entry of the state)
     points: dict[str, list[tuple[Point, int, int]]] = field(default_factory=dict)
+    random: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = self.system.random
 
 
 class Pass:
@@ -51,6 +57,8 @@ class Pass:
         self.output: Any = None
         self.received: dict[Place, Tensor] = {}
         self.queued = False
+        self.signals: list[LayerSignal] = []
+        self.randomness = random_states(args) if layout.random else None  # where the forward starts
         for i, value in enumerate(args):
             self.note(0, i, value)
 

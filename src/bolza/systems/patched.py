@@ -11,12 +11,14 @@ __all__ = ["Patched"]
 class Patched:
     """A method of one object, replaced by a function that is given the original first.
 
-    A deep copy of the object gets its own, unreplaced method.
+    A copy or pickle of the object has its own, unreplaced method.
     """
 
     def __init__(self, owner: Any, name: str, function: Callable[..., Any] | None) -> None:
         self.owner, self.name, self.function = owner, name, function
         self.before = owner.__dict__.get(name)
+        # inspect.signature follows this: who asks for the arguments is told those of the original
+        self.__wrapped__ = getattr(type(owner), name).__get__(owner) if self.before is None else self.before
         if function is not None:
             owner.__dict__[name] = self
 
@@ -34,6 +36,13 @@ class Patched:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patched:
         return Patched(memo.get(id(self.owner), self.owner), self.name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": self.owner, "name": self.name, "before": self.before}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, function=None)
+        self.__wrapped__ = self.original
 
     def undo(self) -> None:
         """Give the object its own method back."""

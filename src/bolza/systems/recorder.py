@@ -12,7 +12,8 @@ Two mechanisms, chosen for each network when it is read:
   seen there. Side effects of the Python code of ``forward``, such as attributes that it sets, do
   not happen then.
 
-A network that is pickled whole, or compiled, should have its recorder closed first.
+A copy or pickle of the network is not recorded. A network that is compiled should have its recorder closed
+first.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from torch.utils import _pytree
 
 from bolza.core.errors import ArgumentError, UnsupportedError
 from bolza.core.trajectory import Trajectory
+from bolza.ops.persample import RULES
 from bolza.ops.trees import is_differentiable, tree_detach
 from bolza.systems.module import ModuleSystem, advance, bind
 from bolza.systems.passes import Layout, Pass, Point
 from bolza.systems.patched import Patched
 from bolza.systems.replay import restored_randomness
+from bolza.systems.signals import LayerSignal, has_rule
 from bolza.systems.stages import Split
 from bolza.systems.trace import library_runs, trace, untouched
 
@@ -62,6 +65,8 @@ class Recorder:
         copy: copy the states, for networks that overwrite them.
         input_costate: have the gradient at the input computed too, p_0 = ∂J/∂x_0.
         optimizer: its ``zero_grad`` clears the recorder, as that of the network does.
+        layers: note too what enters each layer whose gradients of single samples are known, and what comes
+            back to it, see :attr:`passes`.
 
     Raises:
         TraceError: the network cannot be read as stages.
@@ -87,6 +92,7 @@ class Recorder:
         copy: bool = False,
         input_costate: bool = False,
         optimizer: torch.optim.Optimizer | None = None,
+        layers: bool = False,
     ) -> None:
         if keep not in ("last", "all"):
             raise ArgumentError(f"keep is {keep!r}: choose 'last' or 'all'")
@@ -106,6 +112,7 @@ class Recorder:
         self._names = _argument_names(self.module, len(system.example))
         self._committed: list[tuple[Trajectory, Pass]] = []
         self._pass: Pass | None = None
+        self._own_run = False  # a run of the library's that is this recorder's own test
         self._off = 0
         self._reason = "no backward pass has reached the first stage since the recorder was made or cleared"
         self._systems = [system]
@@ -113,6 +120,8 @@ class Recorder:
         self._handles: list[Any] = []
         self._patched: list[Patched] = []
         self._attach(optimizer)
+        if layers:
+            self._watch_layers()
         try:
             self._layout(system)
         except Exception:
@@ -137,6 +146,11 @@ class Recorder:
     def trajectories(self) -> tuple[Trajectory, ...]:
         """All committed trajectories that are kept, oldest first."""
         return tuple(self._checked(*entry) for entry in self._committed)
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes of :attr:`trajectories`, which know the signals of the layers and where the draws began."""
+        return tuple(source for _, source in self._committed)
 
     def clear(self) -> None:
         """Forget what was recorded."""
@@ -187,8 +201,8 @@ class Recorder:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             return self._end(output) if module is root else None
 
-        self._handles.append(root.register_forward_pre_hook(before, with_kwargs=True))
-        self._handles.append(root.register_forward_hook(after, with_kwargs=True, always_call=True))
+        self._handles.append(root.register_forward_pre_hook(_Hook(before), with_kwargs=True))
+        self._handles.append(root.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True))
         for owner in (root, optimizer):
             if owner is not None:
                 self._patched.append(Patched(owner, "zero_grad", self._cleared))
@@ -198,8 +212,10 @@ class Recorder:
         return original(*args, **kwargs)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if library_runs.get():
+            return None
         self._pass = None
-        if self._off or library_runs.get() or not torch.is_grad_enabled():
+        if self._off or not torch.is_grad_enabled():
             return None
         given = self._positional(args, kwargs)
         if given is None:
@@ -216,6 +232,8 @@ class Recorder:
         return (given, {}) if self.input_costate else None
 
     def _end(self, output: Any) -> Any:
+        if library_runs.get():
+            return None
         current, self._pass = self._pass, None
         if current is None or output is None:
             return None
@@ -223,6 +241,10 @@ class Recorder:
             self._reason = "the last forward pass did not call the layers that the example's pass did"
             return None
         return current.note_output(output)
+
+    def _running(self) -> Pass | None:
+        """The pass that is to be noted; none while another recorder reads the network in the middle of it."""
+        return None if library_runs.get() and not self._own_run else self._pass
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         if len(args) + len(kwargs) != len(self._names):
@@ -271,9 +293,9 @@ class Recorder:
         for path, points in layout.points.items():
             layer = self.module.get_submodule(path)
             before, after = self._watchers(layout, layer, path, points)
-            handles.append(layer.register_forward_pre_hook(before))
+            handles.append(layer.register_forward_pre_hook(_Hook(before)))
             if any(point[2] == "out" for point, _, _ in points):
-                handles.append(layer.register_forward_hook(after))
+                handles.append(layer.register_forward_hook(_Hook(after)))
         return handles
 
     def _watchers(
@@ -282,7 +304,7 @@ class Recorder:
         """Hooks before and after a layer that note its inputs and outputs."""
 
         def active(module: nn.Module) -> Pass | None:
-            current = self._pass
+            current = self._running()
             mine = current is not None and current.layout is layout and module is layer
             return current if mine else None
 
@@ -301,6 +323,23 @@ class Recorder:
 
         return before, after
 
+    def _watch_layers(self) -> None:
+        def watch(path: str, layer: nn.Module) -> Any:
+            def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                current = self._running()
+                if current is None or module is not layer or not has_rule(layer):
+                    return
+                if len(args) == 1 and isinstance(output, Tensor) and output.requires_grad:
+                    signal = LayerSignal(path, layer, args[0].detach())
+                    current.signals.append(signal)
+                    output.register_hook(signal.receive)
+
+            return layer.register_forward_hook(_Hook(note))
+
+        for path, layer in self.module.named_modules():
+            if type(layer) in RULES:
+                self._handles.append(watch(path, layer))
+
     def _agrees(self, layout: Layout) -> bool:
         """Whether the hooks see, for the example, the states that the stages compute."""
         system = layout.system
@@ -308,12 +347,12 @@ class Recorder:
             # copies, because an in-place layer may overwrite a state before it is compared
             current = Pass(self, layout, system.example, copy=True)
             with restored_randomness(None, system.example):
-                self._pass = current
+                self._pass, self._own_run = current, True
                 try:
                     # the hooks of the network itself stay out of it; those of the layers are what is tested
                     self.module.forward(*system.example)
                 finally:
-                    self._pass = None
+                    self._pass, self._own_run = None, False
             if not current.complete():
                 return False
             x = system.example[0] if len(system.example) == 1 else system.example
@@ -326,7 +365,7 @@ class Recorder:
         return True
 
     def _route(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        current = self._pass
+        current = self._running()
         if current is None or not current.layout.routed:
             return original(*args, **kwargs)
         given = self._positional(args, kwargs)
@@ -345,6 +384,19 @@ class Recorder:
                 values = entries[0] if len(entries) == 1 else entries
             values = map_arg(stage.outputs, replay.in_place(bind(stage, values)).__getitem__)
         return values
+
+
+class _Hook:
+    """A hook that stays behind when its layer is copied or pickled."""
+
+    def __init__(self, function: Callable[..., Any] | None = None) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.function is None else self.function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
 
 
 class _Paused:

@@ -75,6 +75,16 @@ class Replay:
             self._stateful.append(layer)
         return found
 
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The layers that are called."""
+        return tuple(dict.fromkeys(self._layers.values()))
+
+    @property
+    def read_alone(self) -> tuple[str, ...]:
+        """The parameters that are read without calling a layer."""
+        return tuple(name for _, _, name in self._attributes.values() if name is not None)
+
     def __call__(self, values: Mapping[Node, Any], parameters: Mapping[str, Any]) -> dict[Node, Any]:
         """Compute all nodes.
 
