@@ -124,6 +124,12 @@ def test_importing_the_package_loads_no_torch_and_every_top_level_name_resolves(
         _ = bolza.nothing
 
 
+def test_listing_the_studies_loads_no_heavy_library_but_torch():
+    code = "import sys; from bolza.studies import studies; assert len(studies()) > 40; print(*sys.modules)"
+    loaded = set(run_python(code).split())
+    assert not loaded & {"matplotlib", "sklearn", "scipy", "pandas", "torchdiffeq", "clarabel"}
+
+
 def source_files():
     skip = {".git", ".venv", "venv", "build", "dist", "_build", "__pycache__", ".hypothesis"}
     kinds = {".py", ".md", ".toml", ".txt", ".cff", ".j2", ".json"}

@@ -147,3 +147,20 @@ def test_shapes_and_lengths_that_do_not_fit_are_refused_by_name():
         riccati_recursion([ONE] * 2, ONE, ONE, ONE, ONE, horizon=3)
     with pytest.raises(ShapeError, match=r"Q has shape \(2, 2\)"):
         stationary_riccati(ONE, ONE, torch.eye(2), ONE)
+
+
+def test_whole_numbers_are_solved_in_fractions_and_a_cost_counts_by_its_symmetric_part():
+    one = torch.ones(1, 1, dtype=torch.long)
+    assert riccati_recursion(one, one, one, one, one, horizon=2).K.flatten().tolist() == approx([0.6, 0.5])
+    assert stationary_riccati(one, one, one, one).P.item() == approx(1.618034)
+    A, I = torch.tensor([[1.0, 0.2], [0.0, 0.9]]).double(), torch.eye(2).double()  # noqa: E741
+    skew = torch.tensor([[0.0, 0.5], [-0.5, 0.0]]).double()
+    assert_close(stationary_riccati(A, I, I + skew, I + skew).P, stationary_riccati(A, I, I, I).P)
+    found, wanted = (riccati_recursion(A, I, I, I, last, horizon=2).P[0] for last in (I + skew, I))
+    assert_close(found, wanted)
+
+
+def test_vectors_in_place_of_matrices_are_refused_by_name():
+    one = torch.eye(1)
+    with pytest.raises(ShapeError, match="must be matrices"):
+        riccati_recursion(one[0], one, one, one, one, horizon=2)

@@ -143,3 +143,26 @@ def test_controls_that_leave_the_grid_are_counted_and_bad_grids_named():
         grid_hjb(system, cost, [line(9)], BOX, horizon=3)
     with pytest.raises(ShapeError, match="noise"):
         grid_hjb(system, cost, [line(9)], BOX, noise=torch.eye(2))
+
+
+def test_an_infinite_cost_forbids_states_and_leaves_the_others_alone():
+    """A wall at x > ½ with steps of at most one grid line: nothing below it is spoilt, nothing above has a value."""
+    system = LinearSystem(I, I, horizon=2)
+    x = torch.linspace(-1, 1, 9, dtype=F)
+    cost = CallableCost(lambda x: x[0].abs(), lambda t, x, u: torch.where(x[0] > 0.5, math.inf, 0.0))
+    found = grid_hjb(system, cost, [x], torch.tensor([[-0.25], [0.0], [0.25]], dtype=F))
+    assert found.V[0][:7].tolist() == [0.5, 0.25, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert bool(found.V[0][7:].isinf().all())
+
+
+def test_costs_that_are_no_number_or_several_and_steps_that_are_none_are_refused():
+    system, axes, still = LinearSystem(I, I, horizon=2), [line(5)], torch.zeros(1, 1, dtype=F)
+    with pytest.raises(ArgumentError, match="not a number at 2 of 5"):
+        grid_hjb(system, CallableCost(lambda x: x.log().sum()), axes, still)
+    with pytest.raises(ShapeError, match="running cost has shape"):
+        grid_hjb(system, CallableCost(lambda x: x.sum(), lambda t, x, u: torch.cat([x, u])), axes, still)
+    one = grid_hjb(system, CallableCost(lambda x: x**2, lambda t, x, u: u**2), axes, still)
+    assert one.V.shape == (3, 5)
+    for t in (-1, 2):
+        with pytest.raises(ArgumentError, match=f"t is {t}"):
+            one.policy(t, torch.zeros(1, dtype=F))

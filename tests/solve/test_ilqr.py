@@ -205,3 +205,23 @@ def test_what_does_not_fit_is_refused_by_name():
         ilqr(system, cost, ONE[0] * math.inf)
     with pytest.raises(ShapeError, match="the running cost has shape"):
         ilqr(system, CallableCost(running=lambda t, x, u: torch.ones(3)), ONE[0])
+
+
+def test_a_cost_without_a_floor_is_no_solution():
+    """J falls to minus infinity, and its gradient becomes small beside it."""
+    system = LinearSystem(ONE, ONE, horizon=1)
+    cost = CallableCost(lambda x: -x.square().sum(), lambda t, x, u: 0.1 * u.square().sum())
+    with pytest.warns(ConvergenceWarning):
+        result = ilqr(system, cost, ONE[0], iterations=40)
+    assert not bool(result.converged) and result.value < -1e6
+
+
+def test_a_slow_end_below_the_rounding_of_the_cost_still_reaches_a_tight_tolerance():
+    """Gauss–Newton converges linearly here; J stands still long before the gradient does."""
+    system = ODESystem(lambda s, x, u: 1.3 * x.sin() + u, horizon=4, dt=0.4, controls=[0 * ONE[0]] * 4)
+    cost = CallableCost(
+        lambda x: 2 * x.square().sum(), lambda t, x, u: 0.1 * u.square().sum() + 0.05 * x.square().sum()
+    )
+    starts = torch.tensor([[0.5], [1.2], [-2.0]], dtype=F64)
+    result = ilqr(system, cost, starts, batched=True, time_invariant=True, tolerance=1e-11)
+    assert bool(result.converged.all())

@@ -164,3 +164,14 @@ def test_bad_arguments_are_named():
         mean_field_control(
             lambda x, u: x * math.inf, square, z[:, None], z[:, None], torch.zeros(2, 1, dtype=F), weight=1.0
         )
+
+
+def test_a_loss_that_averages_over_samples_is_refused_as_it_would_weigh_them_twice():
+    z = torch.tensor([[0.6], [2.0]])
+    for loss in (torch.nn.functional.mse_loss, lambda x, y: (x - y).square()):
+        with pytest.raises(ShapeError, match="one number a sample"):
+            mean_field_control(lambda x, u: u.expand_as(x), loss, 0 * z, z, torch.zeros(4, 1), weight=1.0)
+    with pytest.raises(ShapeError, match="at least one step"):
+        mean_field_control(
+            lambda x, u: u.expand_as(x), lambda x, y: x[:, 0], 0 * z, z, torch.zeros(0, 1), weight=1.0
+        )

@@ -128,3 +128,15 @@ def test_bad_arguments_are_named():
         path_integral_policy(SYSTEM, bad, X0, I, samples=4)
     with pytest.raises(ArgumentError, match="temperature"):
         linear_kl_control(I, I, I, I, I, 2, temperature=0.0)
+
+
+def test_paths_of_infinite_cost_carry_no_weight_and_none_left_is_an_error():
+    one = torch.eye(1)
+    system, draw = LinearSystem(one, one, horizon=1), torch.Generator().manual_seed(0)
+    half = CallableCost(lambda x: torch.where(x[0] > 0, math.inf, 0.0))
+    found = path_integral_policy(system, half, torch.zeros(1), one, samples=4000, generator=draw)
+    assert float(found.value) == approx(math.log(2), abs=0.06)
+    with pytest.raises(DivergenceError):
+        path_integral_policy(system, CallableCost(lambda x: math.inf + x.sum()), torch.zeros(1), one)
+    with pytest.raises(ArgumentError, match="temperature"):
+        path_integral_policy(system, half, torch.zeros(1), one, temperature=math.inf)

@@ -184,3 +184,10 @@ def test_what_makes_no_sense_is_refused_by_name():
         FirstOrderMethod(torch.eye(2), torch.ones(2), torch.ones(1, 2))
     with pytest.raises(ShapeError, match="must be"):
         FeedbackOptimization(torch.eye(2), torch.ones(3, 1), 0.1)
+
+
+def test_the_bisection_ends_at_the_width_of_rounding_and_refuses_none():
+    assert certified_rate(nesterov(0.1, 0.5), 1, 10, tol=1e-18).rate == approx(0.752634, abs=1e-5)
+    for tol in (0.0, -1.0, math.nan):
+        with pytest.raises(ArgumentError, match="tol is"):
+            certified_rate(gradient_descent(0.15), 1, 10, tol=tol)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import shutil
 import tempfile
 import threading
 import time
@@ -110,7 +109,7 @@ def _work(
     function: Callable[..., Any],
     args: Sequence[Any],
 ) -> None:
-    end_with_parent(folder)
+    end_with_parent()
     torch.set_num_threads(threads)
     try:
         store = dist.FileStore(str(Path(folder, "store")), processes)
@@ -128,21 +127,16 @@ def _work(
         raise SystemExit(1) from None
 
 
-def end_with_parent(folder: str | None = None) -> None:
+def end_with_parent() -> None:
     """End this process as soon as the one that started it is gone, killed before it could clean up.
 
     Called in a worker of ``multiprocessing``, or as ``initializer`` of a pool of them.
-
-    Args:
-        folder: removed then.
     """
 
     def wait() -> None:
         parent = multiprocessing.parent_process()
         if parent is not None:
             parent.join()
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
             os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

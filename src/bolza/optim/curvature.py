@@ -171,9 +171,11 @@ class Identity:
                 and not group["momentum"]
                 and param.is_contiguous()
             ):
-                self.apply_alone(param, layer.states[name], group)
+                # the recorded gradients add up to that of the parameter: one pass over it instead of two
+                if group["weight_decay"]:
+                    param.mul_(1 - group["lr"] * group["weight_decay"])
                 for blocks, w in zip(layer.blocks, weights, strict=True):
-                    add_combination(param, blocks[name], w - 1, -group["lr"] * scale)
+                    add_combination(param, blocks[name], w, -group["lr"] * scale)
             else:
                 self._step(layer, name, param, weights, scale)
 

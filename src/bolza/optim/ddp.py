@@ -120,7 +120,7 @@ class DDPNOpt(RecordedOptimizer):
     """
 
     _layers = True
-    _settings = ("curvature", "feedback", "mode", "scale")
+    _settings: tuple[str, ...] = ("curvature", "feedback", "mode", "scale")
 
     def __init__(
         self,
@@ -261,7 +261,7 @@ class DDPNOpt(RecordedOptimizer):
 
     def _check_finite(self) -> None:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = torch._foreach_norm([g for g in grads if not g.is_sparse], float("inf"))
+        norms = torch._foreach_norm([g for g in grads if not g.is_sparse])
         if norms and not bool(torch.stack([n.to(norms[0]) for n in norms]).sum().isfinite()):
             raise DivergenceError(
                 "a gradient is not finite, and no step was made: lower lr, or look at the batch"

@@ -199,8 +199,8 @@ def _backward(
     priced = torch.func.vjp(lambda x: loss(x, y), states[-1])
     if priced[0].shape != states.shape[1:2]:
         raise ShapeError(
-            f"the loss has shape {tuple(priced[0].shape)}, but {tuple(states.shape[1:2])} is needed, one number a sample: "
-            "sum over the entries of a sample, and do not average over samples"
+            f"the loss has shape {tuple(priced[0].shape)}, but {tuple(states.shape[1:2])} is needed: one "
+            "number a sample, so sum over the entries of a sample, and do not average over samples"
         )
     p = priced[1](torch.ones_like(priced[0]))[0]
     costates = [p]

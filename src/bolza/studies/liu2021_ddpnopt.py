@@ -7,7 +7,8 @@ the same batches; what feedback adds to each step is drawn by layer.
 Reference: Liu, Chen & Theodorou (2021), arXiv:2002.08809.
 
 Departures: the damped form, which the paper does not have, at the batch size 16 of the paper's dense experiments;
-64-32×4-10 tanh with PyTorch's initialisation, whole batches only, pixels in [0, 1], a stratified split of 1347 and 450 samples.
+64-32×4-10 tanh with PyTorch's initialisation, whole batches only, pixels in [0, 1], a
+stratified split of 1347 and 450 samples.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,6 +64,9 @@ def network(*sizes: int) -> nn.Sequential:
 
 def split(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pixels in [0, 1] and labels, stratified: training and test pixels, training and test labels."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     x, x_test, y, y_test = train_test_split(
         images / 16, labels, test_size=0.25, stratify=labels, random_state=seed

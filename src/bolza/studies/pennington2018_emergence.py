@@ -24,7 +24,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from scipy.special import lambertw
 from torch import Tensor, nn
 
 from bolza.meanfield import critical_init_, isometry, isometry_theory, resolve_activation
@@ -216,6 +215,8 @@ def density(kind: str, spread: float, at: Tensor) -> Tensor:
         at: values λ, increasing.
     """
     if kind == "Bernoulli":
+        from scipy.special import lambertw
+
         u = -lambertw((-spread / at).tolist(), 0) / spread
         return torch.from_numpy(abs((1 / (1 - u)).imag)) / (math.pi * at)
     found, m = [], complex(0.02, 0.0)

@@ -298,6 +298,8 @@ class _Checked:
             raise UnsupportedError(
                 "the field writes into the state, from which the step goes on: set inplace=False in its first layer"
             )
+        if isinstance(x, Tensor) and isinstance(out, Tensor) and x.shape == out.shape:
+            return out
         shapes = [[tuple(leaf.shape) for leaf in float_leaves(tree)] for tree in (x, out)]
         if shapes[0] != shapes[1]:
             raise ShapeError(
