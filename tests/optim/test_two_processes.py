@@ -9,6 +9,7 @@ import ddp_worker
 import layer_parallel_worker
 import process_worker
 import snopt_worker
+from bolza.core.errors import BolzaError
 from bolza.ops.processes import run_processes
 
 
@@ -56,3 +57,10 @@ def test_slices_in_two_processes_do_what_they_do_in_one(from_two_processes, meth
 
 def test_a_parameter_that_two_processes_would_share_is_refused(from_two_processes):
     assert "is used by slices of the processes [0, 1]" in from_two_processes[0]["slices"]["refusal"]
+
+
+def test_a_process_that_fails_is_named_and_the_other_does_not_wait_for_it():
+    before = {p.pid for p in multiprocessing.active_children()}
+    with pytest.raises(BolzaError, match="on purpose"):
+        run_processes(layer_parallel_worker.fail, 2, timeout=120)
+    assert {p.pid for p in multiprocessing.active_children()} == before

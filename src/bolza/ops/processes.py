@@ -116,15 +116,16 @@ def _work(
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=timeout)
         )
-        try:
-            result = function(rank, *args)
-            dist.barrier()
-        finally:
-            dist.destroy_process_group()
+        result = function(rank, *args)
+        dist.barrier()
         Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(result))
     except BaseException:
+        # before the group is left: a partner that waits fails at once then, and must not be the first to say so
         Path(folder, f"{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
         raise SystemExit(1) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def end_with_parent() -> None:
