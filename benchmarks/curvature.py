@@ -43,6 +43,17 @@ def network(width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Tanh(), nn.Linear(width, 10))
 
 
+def counted(weights: list[torch.Tensor], products: int) -> float:
+    """Multiplications of Hessian products by reverse over reverse, in units of those of a gradient.
+
+    A layer multiplies once forward, once for the gradient of its weights, and once for that of its input, which the
+    first layer is spared. The second derivative goes back through each of these three, two multiplications each.
+    """
+    first, rest = weights[0].numel(), sum(w.numel() for w in weights[1:])
+    gradient, second = 2 * first + 3 * rest, 2 * first + 6 * rest
+    return (gradient + products * second) / gradient
+
+
 def main() -> None:
     """Run all comparisons."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -78,9 +89,20 @@ def main() -> None:
         return torch.autograd.grad(slopes, params, parts)
 
     report("Hessian product, plain double backward", double_backward)
-    report("Hessian product, first of an operator", lambda: hessian_operator(net, loss, (x, y)) @ v)
+    report(
+        "Hessian product, first of an operator",
+        lambda: hessian_operator(net, loss, (x, y)) @ v,
+        matrix_products=counted(params[::2], 1),
+    )
     hessian, ggn = hessian_operator(net, loss, (x, y)), ggn_operator(net, loss, (x, y))
     report("Hessian product, every further one", lambda: hessian @ v)
+
+    def five():
+        op = hessian_operator(net, loss, (x, y))
+        for _ in range(5):
+            op @ v
+
+    report("five Hessian products of a fresh operator", five, matrix_products=counted(params[::2], 5))
     report("Gauss-Newton product, first of an operator", lambda: ggn_operator(net, loss, (x, y)) @ v)
     report("Gauss-Newton product, every further one", lambda: ggn @ v)
     batches = [(x[i : i + 256], y[i : i + 256]) for i in range(0, len(x), 256)]

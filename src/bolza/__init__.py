@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         linearize,
         rollout,
     )
-    from bolza.diagnosis import diagnose
+    from bolza.diagnosis import Watch, diagnose
     from bolza.systems import as_system
 
 __version__ = "0.1.0"
@@ -66,6 +66,7 @@ _HOMES = {
     "System": "core",
     "TerminalCost": "core",
     "Trajectory": "core",
+    "Watch": "diagnosis",
     "adjoint": "core",
     "as_system": "systems",
     "diagnose": "diagnosis",
@@ -81,6 +82,7 @@ __all__ = [
     "System",
     "TerminalCost",
     "Trajectory",
+    "Watch",
     "__version__",
     "adjoint",
     "as_system",

@@ -81,7 +81,7 @@ def test_the_default_network_is_found_ordered_and_the_files_are_written(tmp_path
     assert done.exit_code == 0, done.output
     assert "ordered" in done.stdout and "What to change" in done.stdout
     record = json.loads(numbers.read_text(encoding="utf-8"))
-    assert record["schema_version"] == "1.0" and record["training"] is None
+    assert record["schema_version"] == "1.1" and record["training"] is None
     assert {"key", "value", "error", "verdict", "remedy"} <= set(record["findings"][0])
     assert page.read_text(encoding="utf-8").count("<figure") == 5
 

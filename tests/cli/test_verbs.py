@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-VERBS = ("diagnose", "phase", "train", "methods", "cite", "reproduce", "bench")
+VERBS = ("diagnose", "phase", "train", "watch", "methods", "cite", "reproduce", "bench")
 
 
 def test_help_imports_nothing_heavy():

@@ -58,7 +58,7 @@ def test_signal_to_noise_is_that_of_the_unbiased_estimates():
     seen = reading(p)
     population = trace * (len(g) - 1) / len(g)  # Σ is that of the data set: divided by N
     assert seen["signal_to_noise"] == pytest.approx(float(8 * signal / population), rel=1e-8)
-    assert seen["temperature"] == pytest.approx(0.1 / (8 * 0.1))
+    assert seen["temperature"] == pytest.approx(0.1 / (2 * 8 * 0.1))
 
 
 def test_the_gram_condition_is_that_of_the_centred_gradients_of_one_output_direction():

@@ -116,6 +116,13 @@ def test_too_few_products_are_not_called_converged():
     ] == pytest.approx(6.13, rel=1e-3)
 
 
+def test_a_space_that_is_used_up_is_not_asked_for_more_products():
+    matrix = with_spectrum([1.0, 0.5, 0.1, 1e-5]).float()
+    with pytest.warns(ConvergenceWarning, match="after 4 products .* rounding in torch.float32"):
+        found = top_eigenpairs(LinearOperator.from_matrix(matrix), 4, generator=seeded())
+    assert not found.converged
+
+
 def test_a_good_start_saves_products():
     matrix = with_spectrum(torch.linspace(0, 1, 200) ** 3)
     op = LinearOperator.from_matrix(matrix)

@@ -1,7 +1,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils import parametrizations, spectral_norm
 from torch.testing import assert_close
 
 from bolza.ops.replay import differentiable_kernels, frozen_statistics, same_randomness
@@ -49,6 +51,41 @@ def test_a_norm_in_training_mode_can_be_transformed():
     with frozen_statistics(net):
         jacobians = torch.func.vmap(torch.func.jacrev(lambda a: net(a)[:, 0].sum()))(torch.stack([x, 2 * x]))
     assert jacobians.shape == (2, 5, 3)
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, spectral_norm])
+def test_a_spectral_norm_in_training_mode_can_be_transformed_and_moves_nothing(wrap):
+    torch.manual_seed(0)
+    layer = wrap(nn.Conv2d(2, 3, 3, bias=False)).double()
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    for _ in range(200):  # until the norm has converged
+        layer(x)
+    (name,) = dict(layer.named_parameters())
+    w, kept = layer.get_parameter(name).detach(), [b.clone() for b in layer.buffers()]
+
+    def objective(w):
+        with frozen_statistics(layer):
+            return functional_call(layer, {name: w}, (x,)).square().mean()
+
+    at = w.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(objective(at), at)
+    direction = torch.randn_like(w)
+    assert_close(grad(objective)(w), slope)
+    assert_close(jvp(objective, (w,), (direction,))[1], (slope * direction).sum())
+    curved, h = jvp(grad(objective), (w,), (direction,))[1], 1e-5
+    ends = [grad(objective)(w + s * h * direction) for s in (1, -1)]
+    assert_close(curved, (ends[0] - ends[1]) / (2 * h), rtol=1e-4, atol=1e-4 * float(curved.abs().max()))
+    # away from the weights that the layer holds, and many at once, the norm is that of these weights
+    far = torch.randn(2, *w.shape, dtype=w.dtype)
+    exact = [
+        nn.functional.conv2d(x, v / torch.linalg.matrix_norm(v.flatten(1), 2)).square().mean() for v in far
+    ]
+    assert_close(vmap(objective)(far), torch.stack(exact), rtol=1e-2, atol=0)
+    with pytest.raises(RuntimeError, match="on purpose"), frozen_statistics(layer):
+        layer(x)
+        raise RuntimeError("on purpose")
+    assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), kept, strict=True))
+    assert "forward" not in vars(layer) and torch.allclose(layer(x).square().mean(), objective(w))
 
 
 def test_other_buffers_are_restored_also_when_the_evaluation_fails():

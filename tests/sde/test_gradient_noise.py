@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from bolza.core.errors import ArgumentError, ShapeError
+from bolza.core.errors import ArgumentError, DataError, ShapeError, UnsupportedError
 from bolza.ops.curvature import hessian_operator
 from bolza.ops.krylov import LinearOperator
 from bolza.ops.noise import PerSampleGradients
@@ -249,3 +250,29 @@ def test_float32_in_gives_float32_out():
     noise = gradient_noise(model, loss, data)
     assert noise.sample().dtype == noise.matvec(noise.mean).dtype == torch.float32
     assert 1 <= noise.effective_rank().value <= 5
+
+
+def test_copies_of_one_sample_have_no_direction_of_noise():
+    model, (x, y), loss = NETWORKS["MLP"]()
+    copies = x[:1].expand(12, *x.shape[1:]).contiguous(), y[:1].expand(12, *y.shape[1:]).contiguous()
+    noise = gradient_noise(model, loss, copies)
+    assert noise.effective_rank().value == 0 and noise.trace().value < 1e-6 * float(noise.mean.square().sum())
+
+
+def test_data_in_another_order_at_every_pass_are_refused_where_the_order_counts():
+    model, (x, y), loss = NETWORKS["MLP"]()
+    shuffled = DataLoader(TensorDataset(x.repeat(3, 1), y.repeat(3, *[1] * (y.ndim - 1))), 5, shuffle=True)
+    noise = gradient_noise(model, loss, shuffled, memory=0)
+    one = torch.eye(noise.size)
+    with pytest.raises(DataError, match="shuffle=False"):
+        noise.trace_with(one)
+    stored = gradient_noise(model, loss, shuffled)
+    ordered = gradient_noise(model, loss, list(shuffled), memory=0)
+    for found in (stored, ordered):
+        assert found.trace_with(one).value == pytest.approx(found.trace().value, rel=1e-4)
+
+
+def test_a_wrapped_model_is_refused_with_the_module_to_give_instead():
+    model, data, loss = NETWORKS["MLP"]()
+    with pytest.raises(UnsupportedError, match="model.module"):
+        gradient_noise(nn.DataParallel(model), loss, data)

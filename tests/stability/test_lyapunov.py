@@ -382,3 +382,35 @@ def test_a_step_without_a_state_or_a_derivative_is_refused():
 def test_inputs_that_are_no_sequence_are_refused():
     with pytest.raises(ArgumentError, match="inputs is 3.0: give a sequence"):
         lyapunov_exponents(lambda x, u: x / 2 + u, torch.ones(3), inputs=3.0)
+
+
+def test_momentum_on_a_normalised_conv_net_with_its_own_batches_has_the_exponents_of_its_jacobians():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 2)
+    )
+    net, before = net.double(), {name: value.double().clone() for name, value in net.state_dict().items()}
+    batches = [(seeded(6, 1, 3, 3, seed=i), torch.arange(6) % 2) for i in range(3)]
+    rule = SGD(lr=0.2, momentum=0.7, weight_decay=0.01)
+    run = TrainingSystem.from_module(net, nn.functional.cross_entropy, batches, rule)
+    start = run.initial_state(dict(net.named_parameters()))
+    places = [(part, name) for part in start for name in start[part]]
+    leaves = [start[part][name] for part, name in places]
+
+    def step(flat, t):
+        state = {part: {} for part in start}
+        pieces = flat.split([leaf.numel() for leaf in leaves])
+        for (part, name), piece, leaf in zip(places, pieces, leaves, strict=True):
+            state[part][name] = piece.view_as(leaf)
+        moved = run.step(t, state, run.controls[t])
+        return torch.cat([moved[part][name].reshape(-1) for part, name in places])
+
+    flat = torch.cat([leaf.reshape(-1) for leaf in leaves])
+    product = torch.eye(flat.numel(), dtype=F64)
+    for t in range(3):
+        product = torch.func.jacrev(lambda x, t=t: step(x, t))(flat) @ product
+        flat = step(flat, t)
+    found = lyapunov_exponents(run, start)
+    assert found.size == found.k == 2 * sum(p.numel() for p in net.parameters())
+    assert found.sum.value * 3 == pytest.approx(float(torch.linalg.slogdet(product)[1]), abs=1e-8)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -22,7 +22,7 @@ from bolza.studies.sasdelli2021_chaos import (
 
 @pytest.mark.slow
 def test_the_identities_hold_and_the_rule_keeps_up_at_a_smaller_size(monkeypatch):
-    tiny = replace(BUDGETS["small"], descent_steps=400, seeds=1, steps=200, sgd_steps=200)
+    tiny = replace(BUDGETS["small"], descent_steps=200, seeds=1, steps=100, sgd_steps=100)
     monkeypatch.setitem(BUDGETS, "small", tiny)
     result = get("sasdelli2021_chaos").run("small")
     # runs this short have not come to rest: the slope is not asked for here, and the slow descent stays open

@@ -7,7 +7,7 @@ from bolza.report import to_png
 from bolza.studies import get, shwartz2017_bottleneck
 from bolza.studies.shwartz2017_bottleneck import BUDGETS, Budget, bottleneck_rows, network, task
 
-SHORT = Budget((0, 10, 20, 26, 33, 45), 1)
+SHORT = Budget((0, 12, 20, 28, 36), 1)
 
 
 def test_the_task_is_balanced_and_symmetric():

@@ -10,7 +10,7 @@ from bolza.studies.verzelli2020_synchronize import BUDGETS, Budget, lorenz, read
 
 @pytest.mark.slow
 def test_no_claim_fails_at_a_smaller_size(monkeypatch):
-    monkeypatch.setitem(BUDGETS, "small", Budget(steps=1200, units=120, draws=3, neighbours=60))
+    monkeypatch.setitem(BUDGETS, "small", Budget(steps=900, units=100, draws=3, neighbours=60))
     result = get("verzelli2020_synchronize").run("small")
     assert [(row.claim, row.measured) for row in result.rows if row.holds is False] == []
     assert to_png(result.figures[0], dpi=40).startswith(b"\x89PNG")

@@ -11,7 +11,7 @@ from bolza.studies.vogt2020_lyapunov import BUDGETS
 
 @pytest.mark.slow
 def test_every_claim_holds_at_a_smaller_size(monkeypatch):
-    tiny = replace(BUDGETS["small"], width=150, steps=150, lstm_steps=120)
+    tiny = replace(BUDGETS["small"], width=150, steps=150, lstm_steps=120, lorenz_samples=256)
     monkeypatch.setitem(BUDGETS, "small", tiny)
     told = []
     result = get("vogt2020_lyapunov").run("small", lambda share, text: told.append(share))

@@ -18,6 +18,7 @@ from bolza.cli.methods import methods
 from bolza.cli.phase import phase
 from bolza.cli.reproduce import reproduce
 from bolza.cli.train import train
+from bolza.cli.watch import watch
 
 __all__ = ["app", "main"]
 
@@ -61,7 +62,7 @@ def _bolza(
 
 for _panel, _verbs in (
     (_ASK, (diagnose, phase)),
-    (_TRAIN, (train,)),
+    (_TRAIN, (train, watch)),
     (_BOOKS, (methods, cite, reproduce, bench)),
 ):
     for _function in _verbs:

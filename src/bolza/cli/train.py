@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -14,10 +14,13 @@ from bolza.cli._output import PATIENCE, Html, Json, Outputs
 from bolza.ops.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from bolza.data import Dataset
     from bolza.report import Document
     from bolza.training import Run
 
-__all__ = ["train"]
+__all__ = ["Watcher", "carry_out", "train"]
 
 _NETWORK, _METHOD, _KEEP = "Network", "Method", "Interrupt and resume"
 
@@ -140,6 +143,18 @@ def train(
     bolza train --model resnet --data digits_images --optimizer adamw
     bolza train --model my_net:make --data my_data:load --checkpoint run.ckpt
     """
+    carry_out(locals())
+
+
+def carry_out(options: Mapping[str, Any], watcher: Watcher | None = None) -> None:
+    """Train with the options of the verb and show what came of it.
+
+    Args:
+        options: by their names in :func:`train`.
+        watcher: what looks on, for ``bolza watch``.
+    """
+    html, json, checkpoint = options["html"], options["json"], options["checkpoint"]
+    init, seed, resume = options["init"], options["seed"], options["resume"]
     outputs = Outputs(html=html, json=json, checkpoint=checkpoint)
     if init not in ("default", "critical"):
         from bolza.ops.errors import ArgumentError
@@ -148,52 +163,74 @@ def train(
     from bolza import training
     from bolza.cli import _inputs as inputs
 
-    place = inputs.device(device)
-    dataset = inputs.dataset(data)
+    place = inputs.device(options["device"])
+    dataset = inputs.dataset(options["data"])
     inputs.seeded(seed)
-    network = inputs.network(model, dataset, depth, width, activation)
+    network = inputs.network(
+        options["model"], dataset, options["depth"], options["width"], options["activation"]
+    )
     if init == "critical" and not resume:  # a resumed run takes its weights from the file
         from bolza.meanfield import critical_init_
 
         critical_init_(network, example=dataset.train_x[:32])
     own_loss, own_optimizer, own_controller = (
-        _own(loss, "loss"),
-        _own(optimizer, "optimizer"),
-        _controller(controller),
+        _own(options["loss"], "loss"),
+        _own(options["optimizer"], "optimizer"),
+        _controller(options["controller"]),
     )
     settings = {
-        "model": model,
-        "data": data,
+        "model": options["model"],
+        "data": options["data"],
         "init": init,
-        "controller": controller or "constant",
+        "controller": options["controller"] or "constant",
         "seed": seed,
     }
+    callback = None if watcher is None else watcher.of(network, own_loss, dataset)
     with training.InterruptGuard(
         patience=PATIENCE
     ):  # the second Ctrl-C of a quick pair must not lose the report
-        with _progress() as tell:
+        with _progress(None if watcher is None else watcher.news) as tell:
             run = training.train(
                 network,
                 dataset,
                 loss=own_loss,
                 optimizer=own_optimizer,
-                lr=lr,
-                momentum=momentum,
-                weight_decay=weight_decay,
-                batch_size=batch,
-                steps=steps,
-                epochs=epochs,
+                lr=options["lr"],
+                momentum=options["momentum"],
+                weight_decay=options["weight_decay"],
+                batch_size=options["batch"],
+                steps=options["steps"],
+                epochs=options["epochs"],
                 controller=own_controller,
+                callback=callback,
                 checkpoint=checkpoint,
                 resume=resume,
                 seed=seed,
                 progress=tell,
                 device=place,
-                clip=clip,
+                clip=options["clip"],
             )
-        record = {"schema": "bolza.train/1", **settings, "run": run.to_dict()}
-        outputs.deliver(_document(run, settings), record)
+        document, record = (
+            _document(run, settings),
+            {"schema": "bolza.train/1", **settings, "run": run.to_dict()},
+        )
+        if watcher is not None:
+            document, record = watcher.joined(run, document, record)
+        outputs.deliver(document, record)
     _end(run, checkpoint)
+
+
+class Watcher(Protocol):
+    """What looks on at a run and has its own part in the report."""
+
+    def of(self, model: nn.Module, loss: Any, data: Dataset) -> Callable[[Any, int], Any]:
+        """The function (optimizer, steps) that makes the callback of the run."""
+
+    def news(self) -> list[str]:
+        """Sentences on what was found since the last call."""
+
+    def joined(self, run: Run, document: Document, record: dict[str, Any]) -> tuple[Document, dict[str, Any]]:
+        """The report with what was seen."""
 
 
 def _end(run: Run, checkpoint: Path | None) -> None:
@@ -242,7 +279,9 @@ def _controller(spec: str | None) -> Any:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
+def _progress(
+    news: Callable[[], list[str]] | None = None,
+) -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -259,6 +298,8 @@ def _progress() -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
         task = bar.add_task("", total=None, note="")
 
         def tell(step: int, steps: int, values: Mapping[str, float]) -> None:
+            for sentence in news() if news is not None else ():
+                bar.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
             if step % max(1, steps // 200) == 0 or step == steps:
                 note = "  ".join(
                     f"{name.replace('_', ' ')} {number(value)}" for name, value in values.items()

@@ -11,7 +11,8 @@ from bolza.core.cost import (
     hamiltonian_gap,
     maximum_principle_residuals,
 )
-from bolza.core.diffusion import Diffusion, simulate
+from bolza.core.diffusion import Diffusion, Isotropic, Splitting
+from bolza.core.langevin import langevin
 from bolza.core.minimizers import (
     Minimizer,
     binary_rule,
@@ -25,6 +26,7 @@ from bolza.core.minimizers import (
 )
 from bolza.core.policy import Policy
 from bolza.core.reference import Reference, cites
+from bolza.core.simulate import draw_noise, simulate, stepper
 from bolza.core.system import LinearMap, System, linearize, rollout
 from bolza.core.trajectory import Trajectory
 
@@ -32,22 +34,26 @@ __all__ = [
     "CallableCost",
     "Cost",
     "Diffusion",
+    "Isotropic",
     "LinearMap",
     "MaximumPrincipleResiduals",
     "Minimizer",
     "Policy",
     "Reference",
+    "Splitting",
     "System",
     "TerminalCost",
     "Trajectory",
     "adjoint",
     "binary_rule",
     "cites",
+    "draw_noise",
     "extended_hamiltonian",
     "gibbs_minimizer",
     "gradient_minimizer",
     "hamiltonian",
     "hamiltonian_gap",
+    "langevin",
     "lbfgs_minimizer",
     "linearize",
     "maximum_principle_residuals",
@@ -56,5 +62,6 @@ __all__ = [
     "rollout",
     "sign_minimizer",
     "simulate",
+    "stepper",
     "ternary_rule",
 ]

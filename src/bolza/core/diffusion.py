@@ -1,6 +1,6 @@
 r"""A stochastic differential equation, matrix-free.
 
-dx = drift(t, x) dt + factor(t, x) dW          (Itô)
+dx = drift(t, x) dt + factor(t, x) dW          (Itô; L, of index α < 2, in the place of W for jumps)
 """
 
 from __future__ import annotations
@@ -8,12 +8,50 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from bolza.core.errors import ArgumentError, DivergenceError
+from bolza.core.errors import ArgumentError
 
-__all__ = ["Diffusion", "simulate"]
+__all__ = ["Diffusion", "Isotropic", "Splitting"]
+
+
+@dataclass(frozen=True)
+class Isotropic:
+    r"""The factor σ of noise σ dW, the same in every direction: `simulate` does not multiply it out.
+
+    Args:
+        sigma: σ.
+
+    Example:
+        >>> import torch
+        >>> Isotropic(0.5)(0.0, torch.zeros(2), torch.ones(2))
+        tensor([0.5000, 0.5000])
+    """
+
+    sigma: float
+
+    def __call__(self, t: float, x: Tensor, noise: Tensor) -> Tensor:
+        """The product σ · noise."""
+        return self.sigma * noise
+
+
+@dataclass(frozen=True)
+class Splitting:
+    r"""The parts of a Langevin equation that are solved exactly one after the other.
+
+        dx = v dt,   dv = force(x) dt − γ v dt + √(2γT) dW
+
+    The state is a tensor ``(..., 2, d)``: part 0 the position x, part 1 the velocity v; the noise ``(..., d)``.
+
+    Args:
+        force: x → tensor of the shape of x, ``(..., d)``: minus the gradient of the potential.
+        friction: γ > 0, in inverse units of time; a number, or a tensor that broadcasts to v.
+        temperature: T ≥ 0, in the unit of the potential; a number, or a tensor that broadcasts to v.
+    """
+
+    force: Callable[[Tensor], Tensor]
+    friction: float | Tensor
+    temperature: float | Tensor
 
 
 @dataclass(frozen=True)
@@ -23,10 +61,21 @@ class Diffusion:
     Args:
         drift: (t, x) → tensor of the shape of x.
         factor: (t, x, noise) → tensor of the shape of x: the product of the diffusion factor with a
-            standard normal noise; the factor itself is never formed.
+            standard normal noise; the factor itself is never formed. ``Isotropic(σ)`` for σ dW.
         noise_shape: x → shape of that noise; the shape of x by default.
+        alpha: index of stability of the noise, in (0, 2]. 2: Brownian motion, increments N(0, dt). Below 2:
+            independent symmetric α-stable increments of scale dt^{1/α}, characteristic function
+            exp(−|u|^α) for a unit of time (at 2 that law would be N(0, 2), not the N(0, 1) used here).
+        diagonal: entry i of the product is g_i(t, x_i) noise_i: the factor acts on every entry of the noise
+            alone, and depends on its own entry of the state (or on none). Allows the schemes ``"milstein"``
+            and ``"srk"``.
+        split: the exactly solvable parts of a Langevin equation, for the scheme ``"splitting"``.
+
+    Raises:
+        ArgumentError: alpha is outside (0, 2].
 
     Example:
+        >>> import torch
         >>> ornstein = Diffusion(drift=lambda t, x: -x, factor=lambda t, x, noise: 0.5 * noise)
         >>> ornstein.drift(0.0, torch.ones(1))
         tensor([-1.])
@@ -35,58 +84,13 @@ class Diffusion:
     drift: Callable[[float, Tensor], Tensor]
     factor: Callable[[float, Tensor, Tensor], Tensor]
     noise_shape: Callable[[Tensor], tuple[int, ...]] = lambda x: tuple(x.shape)
+    alpha: float = 2.0
+    diagonal: bool = False
+    split: Splitting | None = None
 
-
-def simulate(
-    diffusion: Diffusion,
-    x0: Tensor,
-    *,
-    dt: float,
-    steps: int,
-    save_every: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    r"""Euler–Maruyama paths: x_{k+1} = x_k + drift dt + factor √dt ξ_k (strong order 1/2, weak order 1).
-
-    Args:
-        diffusion: the equation.
-        x0: initial states, all paths at once, shape ``(paths, *state)``.
-        dt: time step, in the time unit of the drift.
-        steps: number of steps.
-        save_every: keep every so many steps; only the last state by default.
-        generator: source of randomness on the device of x0.
-
-    Returns:
-        Tensor of shape ``(saved, paths, *state)``, the initial state first when states are saved,
-        else ``(1, paths, *state)``.
-
-    Raises:
-        ArgumentError: ``dt`` or ``steps`` is not positive.
-        DivergenceError: a path left the finite numbers; ``step`` says by when.
-
-    Reference: Kloeden & Platen (1992), *Numerical Solution of Stochastic Differential Equations*, §10.2.
-
-    Example:
-        >>> ornstein = Diffusion(drift=lambda t, x: -x, factor=lambda t, x, noise: 0.0 * noise)
-        >>> simulate(ornstein, torch.ones(1), dt=0.5, steps=2)
-        tensor([[0.2500]])
-    """
-    if not (dt > 0 and steps > 0):
-        raise ArgumentError(f"dt is {dt} and steps is {steps}: both must be positive")
-    if save_every is not None and save_every < 1:
-        raise ArgumentError(f"save_every is {save_every}: it must be a positive number of steps, or None")
-    x, saved = x0, [] if save_every is None else [x0]
-    for k in range(steps):
-        noise = torch.randn(diffusion.noise_shape(x), dtype=x.dtype, device=x.device, generator=generator)
-        x = x + dt * diffusion.drift(k * dt, x) + dt**0.5 * diffusion.factor(k * dt, x, noise)
-        if save_every is not None and (k + 1) % save_every == 0:
-            saved.append(x)
-        # once it is not finite a path stays so; a look now and then costs nothing and stops early
-        if ((k + 1) % 100 == 0 or k + 1 == steps) and not bool(torch.isfinite(x).all()):
-            raise DivergenceError(
-                f"a path left the finite numbers by step {k + 1} of {steps} with dt = {dt}: take a smaller dt",
-                step=k + 1,
+    def __post_init__(self) -> None:
+        """Check the index of stability."""
+        if not 0 < self.alpha <= 2:
+            raise ArgumentError(
+                f"alpha is {self.alpha}: the index of stability lies in (0, 2], 2 for Brownian motion"
             )
-    if save_every is None:
-        saved.append(x)
-    return torch.stack(saved)

@@ -5,27 +5,30 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
+from bolza.diagnosis import dynamics as motion
 from bolza.diagnosis import landscape as land
 from bolza.diagnosis import noise as noises
 from bolza.diagnosis import prescription as remedy
 from bolza.diagnosis import propagation as signals
 from bolza.diagnosis import trial as trials
 from bolza.diagnosis.problem import Loss, Problem, prepare
-from bolza.diagnosis.record import Diagnosis, Finding, Trial
+from bolza.diagnosis.record import Diagnosis, Finding, Prescription, Trial
 from bolza.ops.errors import ArgumentError, BolzaError
+from bolza.ops.krylov import EigenResult
+from bolza.sde import GradientNoise
 from bolza.training.checks import check_seed
 
 __all__ = ["Progress", "diagnose"]
 
 T = TypeVar("T")
-_ORDER = ("structure", "propagation", "landscape", "noise", "prescription", "training")
+_ORDER = ("structure", "propagation", "landscape", "noise", "dynamics", "prescription", "training")
 
 
 class Progress(Protocol):
@@ -119,13 +122,15 @@ def _answer(
     treat: bool | None,
 ) -> Diagnosis:
     found: list[Finding] = _structure(problem)
-    facts = _measured(problem, found, tell)
+    raw = _Raw()
+    facts = _measured(problem, found, tell, raw)
     wanted = remedy.wants_treatment(found) if treat is None else treat
     treated, obstacle = remedy.treated_problem(problem) if wanted else (None, "")
     after = _Facts()
     if treated is not None:
         tell("the treated network", 0, 0, {})
-        after = _measured(treated, [], _silent)
+        raw = _Raw()
+        after = _measured(treated, [], _silent, raw)
     final = facts if treated is None else after
     prescription = remedy.prescribe(
         problem,
@@ -141,6 +146,7 @@ def _answer(
     rate = float(prescription.learning_rate.value or own_lr)
     found.append(noises.temperature_finding(rate, int(prescription.batch_size.value), prescription.momentum))
     found += remedy.prescription_findings(prescription)
+    moved = _dynamics(treated or problem, raw, rate, prescription, found)
 
     training: dict[str, Trial] | None = None
     if train:
@@ -160,7 +166,9 @@ def _answer(
     return Diagnosis(
         _subject(problem),
         tuple(found),
-        _plain(asdict(facts) | {"phase_diagram": diagram}),
+        _plain(
+            asdict(facts) | {"phase_diagram": diagram, "dynamics": None if moved is None else asdict(moved)}
+        ),
         _plain(asdict(after)) if treated is not None else {},
         prescription,
         training or None,
@@ -174,18 +182,41 @@ class _Facts:
     noise: noises.Noise | None = None
 
 
-def _measured(problem: Problem, found: list[Finding], tell: Progress) -> _Facts:
-    """The facts of a network; what they say goes to ``found``."""
+@dataclass
+class _Raw:
+    """What one question measured and another needs as well."""
+
+    hessian: list[EigenResult] = field(default_factory=list)
+    noise: list[GradientNoise] = field(default_factory=list)
+
+
+def _measured(problem: Problem, found: list[Finding], tell: Progress, raw: _Raw) -> _Facts:
+    """The facts of a network; what they say goes to ``found``, what lies behind them to ``raw``."""
     tell("signals and gradients", 0, 0, {})
     propagation = _ask("propagation", lambda: signals.measure_propagation(problem), found)
     found += signals.findings(propagation) if propagation else []
     tell("curvature", 0, 0, {})
-    landscape = _ask("landscape", lambda: land.measure_landscape(problem), found)
+    landscape = _ask("landscape", lambda: land.measure_landscape(problem, keep=raw.hessian), found)
     found += land.findings(landscape) if landscape else []
     tell("gradient noise", 0, 0, {})
-    noise = _ask("noise", lambda: noises.measure_noise(problem), found)
+    noise = _ask("noise", lambda: noises.measure_noise(problem, keep=raw.noise), found)
     found += noises.findings(noise) if noise else []
     return _Facts(propagation, landscape, noise)
+
+
+def _dynamics(
+    problem: Problem, raw: _Raw, rate: float, prescription: Prescription, found: list[Finding]
+) -> motion.Dynamics | None:
+    """What the noise will do at the prescribed settings; nothing where curvature or noise are not known."""
+    if not raw.hessian or not raw.noise:
+        return None
+    batch, momentum = int(prescription.batch_size.value), prescription.momentum
+    hessian, noise = raw.hessian[0], raw.noise[0]
+    facts = _ask(
+        "dynamics", lambda: motion.measure_dynamics(problem, hessian, noise, rate, batch, momentum), found
+    )
+    found += motion.findings(facts) if facts else []
+    return facts
 
 
 def _ask(question: str, answer: Callable[[], T], found: list[Finding]) -> T | None:

@@ -5,7 +5,7 @@ At each reading, on one fixed batch,
 * the maximum principle: ‖∇_u H‖ over all stages, zero where no stage can lower its Hamiltonian, and how much of
   the last costate reaches the first stage, ‖p_1‖/‖p_T‖;
 * signal to noise of a batch of B, B |g|²/tr Σ: above 1 the run drifts, below 1 it diffuses;
-* the noise temperature lr/(B(1 − β)) of the step;
+* the noise temperature lr/(2B(1 − β)) of the step;
 * the condition number of the Gram matrix ⟨∂ v·f(x_i), ∂ v·f(x_j)⟩, centred, for one random direction v of the
   outputs: the spread of the rates at which the network can fit the samples.
 
@@ -26,7 +26,7 @@ from bolza.core import TerminalCost, adjoint, rollout
 from bolza.diagnosis.problem import Problem, measuring_mode_
 from bolza.ops.noise import PerSampleGradients
 from bolza.ops.trees import float_leaves, tree_norm
-from bolza.sde import gradient_noise
+from bolza.sde import gradient_noise, temperature
 from bolza.systems import ModuleSystem, as_system
 
 __all__ = ["QUANTITIES", "Course"]
@@ -89,7 +89,7 @@ class Course:
         values = {
             **self._principle(),
             "signal_to_noise": _measured(self._signal_to_noise),
-            "temperature": lr / (self._batch * (1 - self._momentum)),
+            "temperature": temperature(lr, self._batch, self._momentum),
             "gram_condition": _measured(self._gram_condition),
         }
         for name in QUANTITIES:

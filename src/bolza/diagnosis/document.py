@@ -29,6 +29,7 @@ _TITLES = {
     "propagation": "Can signal and gradient get through?",
     "landscape": "How steep is the loss?",
     "noise": "How noisy is the gradient?",
+    "dynamics": "What will the noise do?",
     "prescription": "What to change",
     "training": "Does it work?",
 }
@@ -198,6 +199,11 @@ def _lead(question: str, d: Diagnosis) -> str:
         return "The largest curvature of the loss limits the learning rate."
     if question == "noise":
         return "The gradient of a batch is the true one plus noise; their ratio says how large a batch pays."
+    if question == "dynamics":
+        return (
+            "Predicted from curvature and noise of the network that is to be trained, at the prescribed settings: what "
+            "SGD would do in a valley like this one. 'bolza watch' measures it along the run."
+        )
     if question == "training" and d.training:
         first = next(iter(d.training.values()))
         return (

@@ -18,7 +18,7 @@ from bolza.diagnosis.problem import Problem
 from bolza.diagnosis.record import Finding
 from bolza.ops.curvature import ggn_operator, hessian_operator
 from bolza.ops.errors import ConvergenceWarning
-from bolza.ops.krylov import LinearOperator, top_eigenpairs
+from bolza.ops.krylov import EigenResult, LinearOperator, top_eigenpairs
 from bolza.report import number, plus_minus
 
 __all__ = ["Landscape", "findings", "measure_landscape"]
@@ -46,7 +46,12 @@ class Landscape:
 
 
 def measure_landscape(
-    problem: Problem, *, samples: int = 128, k: int = 3, max_products: int = 90
+    problem: Problem,
+    *,
+    samples: int = 128,
+    k: int = 3,
+    max_products: int = 90,
+    keep: list[EigenResult] | None = None,
 ) -> Landscape:
     """Find the largest curvatures of a network.
 
@@ -55,6 +60,7 @@ def measure_landscape(
         samples: how many samples of the batch to use; of sequences, fewer.
         k: eigenvalues of each matrix.
         max_products: matrix-vector products, at most, for each matrix.
+        keep: a list that the eigenpairs of the Hessian are put into, for who needs its eigenvectors too.
 
     Returns:
         The landscape.
@@ -65,7 +71,7 @@ def measure_landscape(
     batch = problem.batch(max(min(samples, _ROWS // _positions(problem)), 8))
     names = problem.parameter_names
     hessian = _eigenvalues(
-        hessian_operator(problem.model, problem.loss, batch, names), k, max_products, problem.seed
+        hessian_operator(problem.model, problem.loss, batch, names), k, max_products, problem.seed, keep
     )
     ggn = _eigenvalues(ggn_operator(problem.model, problem.loss, batch, names), k, max_products, problem.seed)
     positive = [v for v in (*hessian["eigenvalues"], *ggn["eigenvalues"]) if v > 0]
@@ -78,7 +84,9 @@ def _positions(problem: Problem) -> int:
     return max(problem.y[0].numel(), 1) if problem.task == "language" else 1
 
 
-def _eigenvalues(op: LinearOperator, k: int, max_products: int, seed: int) -> dict[str, Any]:
+def _eigenvalues(
+    op: LinearOperator, k: int, max_products: int, seed: int, keep: list[EigenResult] | None = None
+) -> dict[str, Any]:
     with warnings.catch_warnings():  # the errors are reported beside the values
         warnings.simplefilter("ignore", ConvergenceWarning)
         result = top_eigenpairs(
@@ -89,6 +97,8 @@ def _eigenvalues(op: LinearOperator, k: int, max_products: int, seed: int) -> di
             which="largest algebraic",
             generator=torch.Generator().manual_seed(seed),
         )
+    if keep is not None:
+        keep.append(result)
     return {
         "eigenvalues": result.eigenvalues.tolist(),
         "errors": result.errors.tolist(),

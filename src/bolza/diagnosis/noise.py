@@ -2,7 +2,7 @@
 
 With per-sample gradients g_i of mean g and covariance Σ, a batch of B has the gradient noise Σ/B. At the critical
 batch size B* = tr Σ/|g|² noise and signal have the same length: below it larger batches save steps in
-proportion, above it they only cost. The noise temperature of SGD is lr/B.
+proportion, above it they only cost. The noise temperature of SGD is lr/(2B).
 
 Reference: McCandlish, Kaplan, Amodei et al. (2018), *An empirical model of large-batch training*; Mandt, Hoffman &
 Blei (2017), *Stochastic gradient descent as approximate Bayesian inference* (temperature).
@@ -18,7 +18,7 @@ from typing import Any
 from bolza.diagnosis.problem import Problem
 from bolza.diagnosis.record import Finding
 from bolza.report import number
-from bolza.sde import gradient_noise
+from bolza.sde import GradientNoise, gradient_noise, temperature
 
 __all__ = ["Noise", "findings", "measure_noise"]
 
@@ -54,13 +54,16 @@ class Noise:
     note: str = ""
 
 
-def measure_noise(problem: Problem, *, samples: int = 128, k: int = 20) -> Noise:
+def measure_noise(
+    problem: Problem, *, samples: int = 128, k: int = 20, keep: list[GradientNoise] | None = None
+) -> Noise:
     """Estimate the covariance of the per-sample gradient.
 
     Args:
         problem: network, batch and loss.
         samples: how many samples of the batch to use.
         k: largest eigenvalues to compute.
+        keep: a list that the gradients of the samples are put into, for who needs them too.
 
     Returns:
         The noise.
@@ -70,6 +73,8 @@ def measure_noise(problem: Problem, *, samples: int = 128, k: int = 20) -> Noise
     """
     x, y = problem.batch(samples)
     noise = gradient_noise(problem.model, problem.loss, (x, y), problem.parameter_names)
+    if keep is not None:
+        keep.append(noise)
     count = len(x)
     trace, rank, critical = noise.trace(), noise.effective_rank(), noise.noise_scale()
     largest = min(k, count - 1, sum(p.numel() for p in problem.parameters))
@@ -159,10 +164,10 @@ def temperature_finding(lr: float, batch_size: int, momentum: float) -> Finding:
         batch_size: samples a step.
         momentum: momentum of SGD; it multiplies the temperature by 1/(1 − momentum).
     """
-    value = lr / batch_size / (1 - momentum)
+    value = temperature(lr, batch_size, momentum)
     return Finding(
         "noise.temperature",
-        "noise temperature lr/B(1−β)",
+        "noise temperature lr/2B(1−β)",
         value,
         None,
         "info",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMA_VERSION", "Diagnosis", "Finding", "Prescription", "Remedy", "Trial"]
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 Verdict = Literal["good", "warn", "bad", "info"]
 
 

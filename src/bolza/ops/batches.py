@@ -167,6 +167,11 @@ def select_parameters(model: nn.Module, params: Iterable[str] | None = None) -> 
     for name, p in trainable.items():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise UnsupportedError(f"parameter {name!r} has no value yet: run the model once first")
+        if p.is_complex():
+            raise UnsupportedError(
+                f"parameter {name!r} is {str(p.dtype).removeprefix('torch.')}: write the network in real and imaginary "
+                "parts, as curvature and gradient noise are those of real parameters"
+            )
         if p.dtype not in (torch.float32, torch.float64):
             raise UnsupportedError(
                 f"parameter {name!r} is {str(p.dtype).removeprefix('torch.')}: curvature and gradient noise "

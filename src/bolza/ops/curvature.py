@@ -7,7 +7,8 @@ r"""Hessian and Gauss–Newton matrix of a loss in the parameters of a network, 
 Vectors are flat, in the order of ``model.parameters()``. The model is evaluated in the mode it is in, on
 kernels that can be differentiated twice, with its buffers left alone and the same random numbers (dropout
 masks) at every product, so that the operator is one fixed matrix. For a single batch the graph of the first
-derivative is kept between products, which then cost 1.7 gradients instead of 2.7.
+derivative is kept between products, which then cost 1.7 gradients instead of 2.7. The matrix
+multiplications alone of a deep stack of dense layers come to 3 and 2: more is not to be had from two reverse passes.
 
 Reference: Pearlmutter (1994), *Fast exact multiplication by the Hessian*; Schraudolph (2002), *Fast curvature
 matrix-vector products*.

@@ -162,6 +162,11 @@ def call_with(model: nn.Module, values: dict[str, Tensor], x: Any) -> Any:
     A shared parameter is replaced wherever it occurs, each place once: a module that is registered twice
     must not be swapped twice, or ``functional_call`` leaves the replacement behind.
     """
+    if isinstance(model, nn.DataParallel | torch.jit.ScriptModule):
+        raise UnsupportedError(
+            f"the model is a {type(model).__name__}, which cannot be called with other parameters: give the module "
+            "that was wrapped or compiled (model.module of nn.DataParallel)"
+        )
     names = {id(p): name for name, p in model.named_parameters()}
     places = {}
     for prefix, module in model.named_modules():  # each module once

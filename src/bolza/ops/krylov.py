@@ -236,9 +236,12 @@ def top_eigenpairs(
     vectors = basis.T @ s[:, :found].to(basis)
     if not converged:
         worst = float((errors[:found] / theta[:found].abs().clamp_min(1e-300)).max())
+        remedy = f"raise max_products={max_products}"
+        if pending.shape[0] == 0:  # the whole space was searched
+            remedy = f"the rest is rounding in {op.dtype}, so ask for fewer of them, or use float64"
         warnings.warn(
             f"{found} of {k} eigenvalues after {products} products have a relative error up to {worst:.1g}, "
-            f"more than tol={tol:g}: raise max_products={max_products}",
+            f"more than tol={tol:g}: {remedy}",
             ConvergenceWarning,
             stacklevel=2,
         )

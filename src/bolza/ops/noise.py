@@ -106,6 +106,12 @@ def each_sample_alone(model: nn.Module, statistics: Statistics) -> Iterator[None
                 layer.training = mode
 
 
+def _mark(x: Any, y: Any) -> tuple[complex, ...]:
+    """What tells a batch from the same samples in another order: its first sample."""
+    leaves = [leaf for leaf in _pytree.tree_leaves((x, y)) if isinstance(leaf, Tensor) and leaf.ndim]
+    return tuple(complex(leaf[0].to(torch.complex128).sum()) for leaf in leaves)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Gradients of a few samples, a block a parameter."""
@@ -189,8 +195,9 @@ class PerSampleGradients:
             self._statistics = batch_statistics(model, self._batches, self.device)
         self._untrusted: set[str] | None = None
         self._kept: list[Chunk] | None = []
+        self._marks: list[tuple[complex, ...]] = []
         total, count, bytes_held = torch.zeros(self.size, dtype=self.dtype, device=self.device), 0, 0
-        for part in self._stream():
+        for part in self._stream(self._marks):
             total += part.combine(torch.ones(part.count, 1, dtype=self.dtype, device=self.device))[:, 0]
             count += part.count
             if self._kept is not None:
@@ -265,7 +272,19 @@ class PerSampleGradients:
         row = k.mean(1)
         return k - row[:, None] - row[None, :] + row.mean()
 
-    def _stream(self) -> Iterator[Chunk]:
+    def check_order(self) -> None:
+        """Make sure that weights found in one pass belong to the samples of the next one.
+
+        Raises:
+            DataError: the data come in another order, or changed, every time they are read.
+        """
+        if not self.stored and [_mark(x, y) for x, y in read(self._batches, self.device)] != self._marks:
+            raise DataError(
+                "data gives other batches every time it is read: take a loader with shuffle=False and without random "
+                "augmentation, or raise memory= so that one pass is enough"
+            )
+
+    def _stream(self, marks: list[tuple[complex, ...]] | None = None) -> Iterator[Chunk]:
         for x, y in read(self._batches, self.device):
             n = count_samples(x)
             for leaf in _pytree.tree_leaves((x, y)):
@@ -274,6 +293,8 @@ class PerSampleGradients:
                         f"a batch has {n} samples and a tensor of shape {tuple(leaf.shape)}: every tensor in x and y "
                         "needs one entry a sample, samples first"
                     )
+            if marks is not None:
+                marks.append(_mark(x, y))
             for at in range(0, n, self._chunk):
                 with (
                     each_sample_alone(self._model, self._statistics),

@@ -202,12 +202,14 @@ class GradientNoise:
             Estimate; its error is that of the stochastic trace, over nothing but signs.
 
         Raises:
+            DataError: the factors are not stored, and the data come in another order at every pass.
             ShapeError: H is not of size d.
         """
         h = LinearOperator.from_matrix(matrix) if isinstance(matrix, Tensor) else matrix
         if h.size != self.size:
             raise ShapeError(f"matrix has size {h.size}, but there are {self.size} parameters")
         g, n = self.gradients, self.samples
+        g.check_order()
 
         # tr(H Σ) = tr(C H Cᵀ) / N on the side of the samples, C the centred gradients: small, and low in rank
         def product(c: Tensor) -> Tensor:
@@ -269,8 +271,8 @@ class GradientNoise:
             generator: of the random signs.
         """
         total = self._moments.trace
-        if total == 0:
-            return Estimate(0.0)
+        if total <= 10 * torch.finfo(self.mean.dtype).eps * self._moments.mean_square:
+            return Estimate(0.0)  # the samples agree to rounding
         n, u = self.samples, self._moments.deviations
         if self.size <= min(_DENSE, n):
             square = float(self._dense.square().sum())

@@ -6,6 +6,8 @@ from bolza.stability.curvature import (
     curvature_exponent,
     twin_operator,
 )
+from bolza.stability.landscape import Sharpness, SharpnessPoint, subspace_share
+from bolza.stability.limits import stability_limit
 from bolza.stability.lure import (
     FeedbackOptimization,
     FirstOrderMethod,
@@ -19,6 +21,7 @@ from bolza.stability.lure import (
 )
 from bolza.stability.lyapunov import LyapunovSpectrum, lyapunov_exponents
 from bolza.stability.multilayer import MultilayerExponents, ftmle
+from bolza.stability.project_out import ProjectOut, Subspace
 from bolza.stability.synchronize import (
     MutualNeighbours,
     conditional_exponent,
@@ -34,7 +37,11 @@ __all__ = [
     "LyapunovSpectrum",
     "MultilayerExponents",
     "MutualNeighbours",
+    "ProjectOut",
     "RateCertificate",
+    "Sharpness",
+    "SharpnessPoint",
+    "Subspace",
     "TwinCurvature",
     "certified_rate",
     "conditional_exponent",
@@ -48,6 +55,8 @@ __all__ = [
     "mutual_false_neighbours",
     "nesterov",
     "quadratic_rate",
+    "stability_limit",
+    "subspace_share",
     "synchronisation_error",
     "twin_operator",
 ]

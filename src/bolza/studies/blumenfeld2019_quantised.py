@@ -61,7 +61,7 @@ class Budget:
 
 
 BUDGETS = {
-    "small": Budget(1000, 4, (2, 4, 16), (2, 8, 24), 100, 80),
+    "small": Budget(800, 3, (2, 4, 16), (2, 24), 80, 60),
     "full": Budget(2000, 10, (2, 3, 4, 8, 16, 32), (2, 4, 8, 16, 32, 64, 100), 200, 600),
 }
 
@@ -70,7 +70,7 @@ def run(scale: Scale = "small", progress: Progress | None = None) -> StudyResult
     """Compute depth scales, check them in wide networks, and train.
 
     Args:
-        scale: ``"small"``: nine trainings of at most 24 layers; ``"full"``: 42 of at most 100.
+        scale: ``"small"``: six trainings of at most 24 layers; ``"full"``: 42 of at most 100.
         progress: called with the share done and a few words.
 
     Returns:

@@ -74,7 +74,7 @@ class Budget:
 
 
 BUDGETS = {
-    "small": Budget(300, 2, (0.0, 2.0, 4.0), (0, 8, 32), 64, 80, 80),
+    "small": Budget(250, 2, (0.0, 2.0, 4.0), (0, 32), 64, 80, 60),
     "full": Budget(1500, 6, (0.0, 1.0, 2.0, 4.0, 6.0), (0, 4, 8, 16, 32, 64, 128), 128, 300, 200),
 }
 
@@ -83,7 +83,7 @@ def run(scale: Scale = "small", progress: Progress | None = None) -> StudyResult
     """Compare rates, regions and training.
 
     Args:
-        scale: ``"small"``: networks of 300 units, nine trainings; ``"full"``: 1500 units, 35 trainings.
+        scale: ``"small"``: networks of 250 units, six trainings; ``"full"``: 1500 units, 35 trainings.
         progress: called with the share done and a few words.
 
     Returns:

@@ -53,8 +53,8 @@ GAIN = 2.0  # σ_w² of every layer
 class Budget:
     """Size of the experiment."""
 
-    widths: tuple[int, ...] = (64, 256, 1024, 4096)
-    seeds: int = 6
+    widths: tuple[int, ...] = (64, 256, 1024, 2048)
+    seeds: int = 5
     points: int = 48
     tests: int = 48
     steps: int = 150
@@ -156,7 +156,7 @@ def run(scale: Scale = "small", progress: Progress | None = None) -> StudyResult
     """Train networks of several widths beside their predictions.
 
     Args:
-        scale: ``"small"``: widths 64 to 4096, six seeds; ``"full"``: widths 64 to 8192, twenty seeds.
+        scale: ``"small"``: widths 64 to 2048, five seeds; ``"full"``: widths 64 to 8192, twenty seeds.
         progress: called with the share done and a few words.
 
     Returns:

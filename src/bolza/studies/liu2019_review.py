@@ -79,11 +79,11 @@ class Budget:
 
 BUDGETS = {
     "small": Budget(
-        weight_vars=(1.0, 1.2, 1.4, 1.6, 1.761, 2.2, 2.8, 3.6),
-        depths=(10, 20, 30, 45, 65, 90),
+        weight_vars=(1.0, 1.2, 1.4, 1.761, 2.8, 3.6),
+        depths=(10, 20, 35, 60),
         seeds=2,
         width=100,
-        batch=64,
+        batch=32,
         steps=100,
     ),
     "full": Budget(
@@ -114,7 +114,7 @@ def run(scale: Scale = "small", progress: Progress | None = None) -> StudyResult
     """Recompute both panels.
 
     Args:
-        scale: ``"small"``: 48 points, width 100, about a minute on one core; ``"full"``: 228 points, width
+        scale: ``"small"``: 24 points, width 100, half a minute on one core; ``"full"``: 228 points, width
             200, 200 steps and three seeds, an hour or two on one core.
         progress: called with the share done and a few words.
 

@@ -52,17 +52,19 @@ REFERENCE = Reference(
 class Budget:
     """Size of the experiment."""
 
-    sizes: tuple[int, ...] = (50, 200, 800, 3200)
-    seeds: int = 16
-    limit: int = 20_000
-    steps: int = 400
+    sizes: tuple[int, ...] = (40, 160, 640, 2560)
+    seeds: int = 12
+    limit: int = 12_000
+    steps: int = 300
     lr: float = 0.2
     points: int = 32
 
 
 BUDGETS = {
     "small": Budget(),
-    "full": Budget(sizes=(50, 100, 200, 400, 800, 1600, 3200, 6400), seeds=48, limit=200_000, points=64),
+    "full": Budget(
+        sizes=(50, 100, 200, 400, 800, 1600, 3200, 6400), seeds=48, limit=200_000, steps=400, points=64
+    ),
 }
 
 
@@ -121,7 +123,7 @@ def run(scale: Scale = "small", progress: Progress | None = None) -> StudyResult
     """Train networks of few and of very many particles, and compare their courses.
 
     Args:
-        scale: ``"small"``: 50 to 3200 particles, 16 seeds, the limit by 20,000; ``"full"``: 50 to 6400, 48 seeds, the
+        scale: ``"small"``: 40 to 2560 particles, 12 seeds, the limit by 12,000; ``"full"``: 50 to 6400, 48 seeds, the
             limit by 200,000.
         progress: called with the share done and a few words.
 

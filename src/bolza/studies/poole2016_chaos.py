@@ -60,14 +60,14 @@ class Budget:
     seeds: int
 
 
-BUDGETS = {"small": Budget(500, 96, 12, 4), "full": Budget(2000, 256, 16, 8)}
+BUDGETS = {"small": Budget(400, 64, 12, 3), "full": Budget(2000, 256, 16, 8)}
 
 
 def run(scale: Scale = "small", progress: Progress | None = None) -> StudyResult:
     """Solve the theory and push circles through random networks.
 
     Args:
-        scale: ``"small"``: width 500, four networks a variance, a few seconds; ``"full"``: width 2000, eight.
+        scale: ``"small"``: width 400, three networks a variance, a few seconds; ``"full"``: width 2000, eight.
         progress: called with the share done and a few words.
 
     Returns:

@@ -41,7 +41,7 @@ REFERENCE = YANG_RESIDUAL
 
 DEPTH = 4000  # at which the growth with √L is read off
 SLOPES = {1.0: 1.080, 2.0: 1.496}  # σ_w² → log gradient over √L at that depth, of the recursion itself
-BUDGETS = {"small": (400, 12, 6), "full": (1000, 40, 10)}  # width, blocks, networks
+BUDGETS = {"small": (300, 12, 4), "full": (1000, 40, 10)}  # width, blocks, networks
 
 
 class Block(nn.Module):
@@ -63,7 +63,7 @@ def run(scale: Scale = "small", progress: Progress | None = None) -> StudyResult
     """Recompute the growth laws and measure them on random networks.
 
     Args:
-        scale: ``"small"``: width 400, 12 blocks, six networks, some seconds; ``"full"``: width 1000, 40
+        scale: ``"small"``: width 300, 12 blocks, four networks, some seconds; ``"full"``: width 1000, 40
             blocks, ten networks.
         progress: called with the share done and a few words.
 

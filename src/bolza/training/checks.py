@@ -121,14 +121,16 @@ def check_loss(loss: object) -> None:
         )
 
 
-def make_controller(controller: Any, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """The controller itself, or what the function (optimizer, steps) makes."""
+def make_controller(
+    controller: Any, optimizer: torch.optim.Optimizer, steps: int, name: str = "controller"
+) -> Any:
+    """The controller (or callback, as ``name`` says) itself, or what the function (optimizer, steps) makes."""
     if controller is None or (hasattr(controller, "step") and not isinstance(controller, type)):
         return controller
     if not callable(controller):
         raise ArgumentError(
-            f"controller={controller!r} has no step() and is no function (optimizer, steps): use "
-            "bolza.controllers.make or a torch scheduler"
+            f"{name}={controller!r} has no step() and is no function (optimizer, steps): use "
+            + ("bolza.controllers.make or a torch scheduler" if name == "controller" else "bolza.Watch")
         )
     return controller(optimizer, steps)
 

@@ -64,6 +64,7 @@ def train(
     steps: int | None = None,
     epochs: float | None = None,
     controller: Any = None,
+    callback: Any = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -96,6 +97,9 @@ def train(
         controller: what changes hyper-parameters during the run: an object with ``step`` (a torch
             scheduler, stepped after every update, or one of :mod:`bolza.controllers`, given ``loss=``), or a
             function (optimizer, steps) that makes one.
+        callback: what only looks on: an object whose ``step(loss=…)`` is called after every update and the
+            controller, before the next gradient, such as :class:`bolza.Watch`; or a function (optimizer, steps)
+            that makes one. Its ``state_dict``, if it has one, is kept in the checkpoint.
         checkpoint: file that is rewritten at every record; must not exist unless ``resume``.
         resume: continue from ``checkpoint``.
         seed: seed of the data order and of noise inside the network; the global random state is untouched.
@@ -140,6 +144,7 @@ def train(
     loop = _Loop(
         model, data, loss, made, make_controller(controller, made, steps), order, every, clip, progress
     )
+    loop.callback = make_controller(callback, made, steps, "callback")
     loop.run.total_steps, loop.run.seed = steps, seed
     if checkpoint is not None:
         check_writable(checkpoint)
@@ -193,6 +198,7 @@ class _Loop:
         self.known_loss = loss in functional or isinstance(loss, nn.CrossEntropyLoss | nn.MSELoss)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.closure = _needs_closure(optimizer)
+        self.callback: Any = None
         self.checkpoint: str | os.PathLike[str] | None = None
         self.run = Run(optimizer=type(optimizer).__name__, batch_size=order.batch_size)
         self.loss_sum, self.right, self.seen, self.since = 0.0, 0, 0, 0
@@ -248,6 +254,8 @@ class _Loop:
         self.since += 1
         self.latest["loss"] = value
         self._control(value)
+        if self.callback is not None:
+            self.callback.step(loss=value)
         self.between_steps = True
 
     def _evaluate_closure(self, x: Tensor, y: Tensor, values: list[float]) -> float:
@@ -403,6 +411,7 @@ class _Loop:
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "controller": self._controller_state(),
+            "callback": self.callback.state_dict() if hasattr(self.callback, "state_dict") else None,
             "order": self.order.state_dict(),
             "random": random,
             "run": asdict(self.run),
@@ -442,6 +451,9 @@ class _Loop:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.controller is not None:
                 self.controller.load_state_dict(state["controller"])
+            # a run may be looked at from its middle on, or no longer
+            if hasattr(self.callback, "load_state_dict") and state.get("callback") is not None:
+                self.callback.load_state_dict(state["callback"])
             self.order.load_state_dict(state["order"])
             torch.set_rng_state(state["random"]["cpu"])
             if "cuda" in state["random"]:
