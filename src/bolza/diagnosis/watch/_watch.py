@@ -36,7 +36,7 @@ _CHECK = 8  # steps between two checks of it
 _FLUSH = 16
 # of the budget; the rest is for what cannot be timed from inside, such as caches that are cold after
 _INSIDE = 0.7
-_NOTING = 0.7  # of that, at most, for what is noted at every few steps
+_NOTING = 0.5  # of that, at most, for what is noted at every few steps
 _FAR = 1.5  # times the limit
 _VAGUE = 0.25  # of the limit: a reading with a larger error does not tell the edge
 

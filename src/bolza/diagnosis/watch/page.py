@@ -29,7 +29,7 @@ def summary(record: WatchRecord) -> str:
         record: of the run.
     """
     if not record.events:
-        return f"In {record.steps} steps nothing was found."
+        return f"In {record.steps} steps nothing called for action."
     lasting = [e for e in record.events if e.lasts]
     past = [e for e in record.events if not e.lasts]
     out = []

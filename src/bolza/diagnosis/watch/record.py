@@ -70,7 +70,7 @@ class WatchRecord:
 
     Example:
         >>> WatchRecord(10, {}, (), {}, {}, {"training": 1.0, "share": 0.05, "budget": 0.1}).summary
-        'In 10 steps nothing was found.'
+        'In 10 steps nothing called for action.'
     """
 
     steps: int
