@@ -288,7 +288,7 @@ def _stretches(
         raise ArgumentError(f"dt is {dt} and steps is {steps}: both must be positive and finite")
     if save_every is not None and (steps is None or not 1 <= save_every <= steps):
         raise ArgumentError(
-            f"save_every is {save_every}: it must be from 1 to the number of steps, or None; None with times"
+            f"save_every is {save_every}: it must be positive, at most the number of steps, or None; None with times"
         )
     if steps is not None:
         if save_every is None:

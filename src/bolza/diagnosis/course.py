@@ -89,7 +89,7 @@ class Course:
         values = {
             **self._principle(),
             "signal_to_noise": _measured(self._signal_to_noise),
-            "temperature": temperature(lr, self._batch, self._momentum),
+            "temperature": temperature(lr, self._batch, self._momentum) if lr else 0.0,
             "gram_condition": _measured(self._gram_condition),
         }
         for name in QUANTITIES:
