@@ -1,5 +1,7 @@
 """Hyper-parameters as controls: policies, and the scheduler that wears them."""
 
+from bolza.controllers.controller import Controller
+from bolza.controllers.history import History
 from bolza.controllers.make import NAMES, make
 from bolza.controllers.policy_scheduler import MEASUREMENTS, PolicyScheduler
 from bolza.controllers.stationarity_annealing import (
@@ -9,6 +11,8 @@ from bolza.controllers.stationarity_annealing import (
 )
 
 __all__ = [
+    "Controller",
+    "History",
     "MEASUREMENTS",
     "NAMES",
     "PolicyScheduler",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bolza.controllers.controller import Controller
 from bolza.core import Policy
 from bolza.core.errors import ArgumentError
 
@@ -34,7 +35,7 @@ MEASUREMENTS: dict[str, Callable[[torch.optim.Optimizer], float]] = {
 """What :class:`PolicyScheduler` measures itself, if the policy lists it in its attribute ``observes``."""
 
 
-class PolicyScheduler:
+class PolicyScheduler(Controller):
     """Apply a feedback law to the hyper-parameters of an optimizer.
 
     Call ``step`` after ``optimizer.step()``. The policy observes what is passed to ``step``, the
@@ -72,51 +73,29 @@ class PolicyScheduler:
                 f"the policy observes {unknown[0]!r}, which is not measured: choose among "
                 f"{', '.join(MEASUREMENTS)}, or pass it to step()"
             )
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self.policy = policy
         self.state = policy.init()
 
-    def step(self, **observation: Any) -> dict[str, float]:
-        """Observe, decide, act.
-
-        Args:
-            observation: what the loop knows, for example ``loss=``; the keys are the policy's business.
-
-        Returns:
-            The action that was written to the parameter groups.
-
-        Raises:
-            ArgumentError: the policy sets a hyper-parameter that the optimizer does not have.
-        """
-        first = self.optimizer.param_groups[0]
-        seen = {key: value for key, value in first.items() if key != "params"}
+    def decide(self, observation: Mapping[str, Any]) -> dict[str, float]:
+        """Ask the policy."""
+        seen = {key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"}
         for name in getattr(self.policy, "observes", ()):
             seen[name] = MEASUREMENTS[name](self.optimizer)
-        given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in observation.items()}
-        self.state, action = self.policy.update(self.state, seen | given)
-        for key, value in action.items():
-            if key not in first:
-                raise ArgumentError(
-                    f"the policy sets {key!r}, which {type(self.optimizer).__name__} does not have: its "
-                    f"groups have {', '.join(k for k in first if k != 'params')}"
-                )
-            self._write(key, value)
+        if self.batches is not None:
+            seen["batch_size"] = self.batches.batch_size
+        self.state, action = self.policy.update(self.state, seen | dict(observation))
         return action
 
-    def _write(self, key: str, value: float) -> None:
-        groups = self.optimizer.param_groups
-        reference = float(groups[0][key]) if key == "lr" else 0.0
-        for group in groups:
-            new = value * float(group[key]) / reference if reference > 0 else value
-            if isinstance(group[key], Tensor):
-                group[key].fill_(new)  # a compiled step holds on to the tensor
-            else:
-                group[key] = new
+    def log(self) -> dict[str, float]:
+        """What the policy's own ``log(state)`` gives, if it has one."""
+        log = getattr(self.policy, "log", None)
+        return {} if log is None else log(self.state)
 
-    def state_dict(self) -> dict[str, Any]:
-        """State of the policy; the hyper-parameters are in the optimizer's own state."""
-        return {"state": self.state}
+    def memory(self) -> Any:
+        """State of the policy."""
+        return self.state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        self.state = state_dict["state"]
+    def load_memory(self, memory: Any) -> None:
+        """Take up a state of the policy."""
+        self.state = memory
