@@ -98,6 +98,58 @@ def test_training_writes_a_page_with_curves(bolza, home):
     assert "<svg" in (home / "run.html").read_text()
 
 
+def test_a_controller_is_drawn_and_recorded_and_all_are_listed(bolza, home):
+    common = (
+        "--model",
+        "user_code:net",
+        "--data",
+        "user_code:good",
+        "--batch",
+        "8",
+        "--steps",
+        "12",
+        "--lr",
+        "0.1",
+    )
+    result = bolza(
+        "train", *common, "--controller", "csgd-global", "--html", "run.html", "--json", "run.json"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "Controls" in result.stdout and "learning rate" in result.stdout.split("Controls")[1]
+    run = json.loads((home / "run.json").read_text())["run"]
+    assert run["controls"]["lr"][0] == 0.1 and len(run["control_steps"]) == 12 and run["samples"] == 96
+    assert "learning rate" in (home / "run.html").read_text()
+    listed = bolza("train", "--controller", "help")
+    assert listed.exit_code == 0
+    assert all(f" {name} " in listed.stdout for name in ("cosine", "csgd", "optimal", "batch-size"))
+
+
+def test_a_constant_run_draws_no_controls(bolza):
+    common = ("--model", "user_code:net", "--data", "user_code:good", "--batch", "8", "--steps", "5")
+    assert "Controls" not in bolza("train", *common, "--lr", "0.1").stdout
+
+
+def test_a_controller_of_ones_own_is_a_function_of_optimizer_and_steps(bolza, home):
+    with (home / "user_code.py").open("a") as file:
+        file.write(
+            "def halve(optimizer, steps): return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)\n"
+        )
+    common = (
+        "--model",
+        "user_code:net",
+        "--data",
+        "user_code:good",
+        "--batch",
+        "8",
+        "--steps",
+        "4",
+        "--lr",
+        "1",
+    )
+    assert bolza("train", *common, "--controller", "user_code:halve", "--json", "r.json").exit_code == 0
+    assert json.loads((home / "r.json").read_text())["run"]["controls"]["lr"] == [1, 0.5, 0.25, 0.125]
+
+
 def test_cite_prints_bibtex(bolza):
     result = bolza("cite", "liu2019_review")
     assert result.exit_code == 0, result.stderr

@@ -33,3 +33,16 @@ def test_the_help_of_watch_has_the_options_of_train_and_its_own(bolza):
 def test_a_budget_that_makes_no_sense_ends_as_one_sentence(bolza):
     result = bolza("watch", "--model", "user_code:net", "--data", "user_code:good", "--budget", "-1")
     assert result.exit_code != 0 and "budget=-1" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_run_may_be_watched_and_controlled_at_once(bolza, home):
+    common = ("--model", "user_code:net", "--data", "user_code:good", "--batch", "8", "--lr", "0.5")
+    both = bolza(
+        "watch", *common, "--steps", "20", "--every", "5", "--controller", "csgd-layer", "--json", "w.json"
+    )
+    assert both.exit_code == 0, both.stderr
+    assert "Controls" in both.stdout
+    alone = bolza("train", *common, "--steps", "20", "--controller", "csgd-layer", "--json", "t.json")
+    assert alone.exit_code == 0
+    watched, plain = (json.loads((home / name).read_text())["run"] for name in ("w.json", "t.json"))
+    assert watched["controls"] == plain["controls"] and watched["train_loss"] == plain["train_loss"]

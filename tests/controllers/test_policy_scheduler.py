@@ -2,10 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from bolza.controllers import NAMES, PolicyScheduler, make
+from bolza.controllers import PolicyScheduler
 from bolza.core.errors import ArgumentError
-from bolza.data import digits
-from bolza.training import train
 
 
 class Recorder:
@@ -69,44 +67,3 @@ def test_a_policy_that_cannot_be_worn_is_refused():
     adam = torch.optim.Adam([nn.Parameter(torch.ones(2))])
     with pytest.raises(ArgumentError, match="sets 'momentum', which Adam does not have"):
         PolicyScheduler(adam, Recorder()).step()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_named_controller_runs_interrupted_and_resumed_as_at_one_go(name, tmp_path):
-    def stop(step, steps, values):
-        if step == 21:
-            raise KeyboardInterrupt
-
-    def control(optimizer, steps):
-        return make(name, optimizer, steps)
-
-    options = {"lr": 0.1, "steps": 40, "controller": control}
-    torch.manual_seed(0)
-    whole, halves = nn.Linear(64, 10), nn.Linear(64, 10)
-    halves.load_state_dict(whole.state_dict())
-    train(whole, digits(), **options)
-    train(halves, digits(), checkpoint=tmp_path / "a", progress=stop, **options)
-    train(halves, digits(), checkpoint=tmp_path / "a", resume=True, **options)
-    assert torch.equal(whole.weight, halves.weight)
-
-
-@pytest.mark.parametrize(
-    ("name", "last"), [("constant", 0.3), ("cosine", 0.0), ("linear", 0.0), ("onecycle", 0.3 / 250_000)]
-)
-def test_schedules_end_where_they_should_without_touching_momentum(name, last):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.3, momentum=0.9)
-    controller = make(name, optimizer, 25)
-    rates = []
-    for _ in range(25):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        controller.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(last, abs=1e-9)
-    assert max(rates) == pytest.approx(0.3, rel=0.02) and optimizer.param_groups[0]["momentum"] == 0.9
-
-
-def test_an_unknown_controller_lists_the_known_ones():
-    with pytest.raises(ArgumentError, match="'pid' is not known: choose one of constant"):
-        make("pid", optimizer_of(1.0), 10)
-    with pytest.raises(ArgumentError, match="steps=0"):
-        make("cosine", optimizer_of(1.0), 0)

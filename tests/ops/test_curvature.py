@@ -199,6 +199,21 @@ def test_the_hessian_of_a_closure_follows_its_leaves():
     assert torch.equal(op.dense()[:2, :2], torch.zeros(2, 2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("of", ["network", "closure"])
+def test_an_operator_follows_a_fused_optimizer_which_counts_no_version(of):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), torch.ones(5, 3).double()
+    y, params = torch.zeros(5, 1).double(), list(model.parameters())
+    by = {
+        "network": hessian_operator(model, F.mse_loss, (x, y)),
+        "closure": closure_hessian(lambda: F.mse_loss(model(x), y), params),
+    }
+    v = torch.ones(by[of].size).double()
+    by[of] @ v
+    F.mse_loss(model(x), y).backward()
+    torch.optim.SGD(params, lr=0.5, fused=True).step()
+    assert torch.allclose(by[of] @ v, dense_hessian(model, F.mse_loss, (x, y)) @ v, atol=1e-12)
+
+
 def test_the_gradient_equals_backward():
     model, (x, y), loss = NETWORKS["CNN with batch norm, evaluation"]()
     value, slope = gradient(model, loss, [(x[:2], y[:2]), (x[2:], y[2:])])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
+from bolza.cli._controls import controls_figure
 from bolza.cli._errors import INTERRUPTED, say, user_code
 from bolza.cli._output import PATIENCE, Html, Json, Outputs
 from bolza.ops.errors import CheckpointError
@@ -25,12 +26,14 @@ __all__ = ["Watcher", "carry_out", "train"]
 _NETWORK, _METHOD, _KEEP = "Network", "Method", "Interrupt and resume"
 
 
-def _complete(room: str, name: str) -> Callable[[str], list[str]]:
-    def names(incomplete: str) -> list[str]:
+def _complete(room: str, name: str) -> Callable[[str], list[tuple[str, str]]]:
+    def names(incomplete: str) -> list[tuple[str, str]]:
         from importlib import import_module
 
         found = getattr(import_module(f"bolza.{room}"), name)
-        return [n for n in (found() if callable(found) else found) if n.startswith(incomplete)]
+        known = found() if callable(found) else found
+        told = known.items() if isinstance(known, Mapping) else ((n, "") for n in known)
+        return [(n, text) for n, text in told if n.startswith(incomplete)]
 
     return names
 
@@ -98,8 +101,8 @@ def train(
     controller: Annotated[
         str | None,
         typer.Option(
-            help="What steers the learning rate during the run: cosine, linear, onecycle, stationarity; or "
-            "pkg.module:function of (optimizer, steps).",
+            help="What steers the hyper-parameters during the run: cosine, csgd, optimal …, all listed by "
+            "'--controller help'; or pkg.module:function of (optimizer, steps).",
             rich_help_panel=_METHOD,
             autocompletion=_complete("controllers", "NAMES"),
         ),
@@ -141,6 +144,7 @@ def train(
     \b
     bolza train --depth 30 --init critical --lr 0.05
     bolza train --model resnet --data digits_images --optimizer adamw
+    bolza train --lr 1 --controller csgd
     bolza train --model my_net:make --data my_data:load --checkpoint run.ckpt
     """
     carry_out(locals())
@@ -153,6 +157,8 @@ def carry_out(options: Mapping[str, Any], watcher: Watcher | None = None) -> Non
         options: by their names in :func:`train`.
         watcher: what looks on, for ``bolza watch``.
     """
+    if options["controller"] == "help":
+        _list_controllers()
     html, json, checkpoint = options["html"], options["json"], options["checkpoint"]
     init, seed, resume = options["init"], options["seed"], options["resume"]
     outputs = Outputs(html=html, json=json, checkpoint=checkpoint)
@@ -173,11 +179,9 @@ def carry_out(options: Mapping[str, Any], watcher: Watcher | None = None) -> Non
         from bolza.meanfield import critical_init_
 
         critical_init_(network, example=dataset.train_x[:32])
-    own_loss, own_optimizer, own_controller = (
-        _own(options["loss"], "loss"),
-        _own(options["optimizer"], "optimizer"),
-        _controller(options["controller"]),
-    )
+    own_loss, own_optimizer = _own(options["loss"], "loss"), _own(options["optimizer"], "optimizer")
+    run_of = {"model": network, "loss": own_loss, "data": dataset, "batch_size": options["batch"]}
+    own_controller = _controller(options["controller"], run_of)
     settings = {
         "model": options["model"],
         "data": options["data"],
@@ -256,7 +260,16 @@ def _own(spec: str | None, role: str) -> Any:
     return load(spec, role)
 
 
-def _controller(spec: str | None) -> Any:
+def _list_controllers() -> None:
+    from bolza.controllers import NAMES
+    from bolza.report import Document, Table, to_terminal
+
+    rows = [(name, text) for name, text in NAMES.items()]
+    to_terminal(Document("Controllers", "", [Table("", ("--controller", "what it does"), rows)]))
+    raise typer.Exit
+
+
+def _controller(spec: str | None, run: Mapping[str, Any]) -> Any:
     if spec is None:
         return None
     from bolza.cli._load import is_path, load, near
@@ -268,7 +281,7 @@ def _controller(spec: str | None) -> Any:
             raise ArgumentError(
                 f"controller {spec!r} is unknown{near(spec, NAMES) or '; choose one of ' + ', '.join(NAMES) + '.'}"
             )
-        return lambda optimizer, steps: make(spec, optimizer, steps)
+        return lambda optimizer, steps: make(spec, optimizer, steps, **run)
     own = load(spec, "controller")
 
     def build(optimizer: Any, steps: int) -> Any:
@@ -333,6 +346,7 @@ def _document(run: Run, settings: Mapping[str, Any]) -> Document:
         [
             ("status", Cell(run.status, tone)),
             ("steps", f"{run.step} of {run.total_steps}"),
+            ("samples seen", str(run.samples)),
             ("network", f"{settings['model']}, {settings['init']} initialisation"),
             ("data", settings["data"]),
             ("method", f"{run.optimizer}, batch {run.batch_size}, controller {settings['controller']}"),
@@ -353,6 +367,9 @@ def _document(run: Run, settings: Mapping[str, Any]) -> Document:
             sketch=_sketch(run),
         )
     )
+    controls = controls_figure(run)
+    if controls is not None:
+        parts.append(controls)
     best = f", test accuracy {percent(run.final_test_accuracy)}" if run.test_accuracy else ""
     return Document("Training", f"{run.status} after {run.step} steps{best}.", parts)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bolza.controllers.history import History
 from bolza.core.errors import ArgumentError
+from bolza.core.history import History
 
 __all__ = ["Controller"]
 

@@ -26,6 +26,7 @@ arXiv:1909.09785. Departures: the triangular weights; the window starts afresh a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -167,7 +168,10 @@ class StationarityAnnealing:
         """Add ‖θ‖² to the window; decide at its end."""
         length = self.window // self.blocks
         count = state["count"] + 1
-        total = state["sum"] + observation["parameter_square_norm"]
+        square = observation["parameter_square_norm"]
+        if not math.isfinite(square):  # the run has diverged: nothing is learned from it
+            return state, {}
+        total = state["sum"] + square
         if count % length:
             return {**state, "count": count, "sum": total}, {}
         means = [*state["means"], total / length]

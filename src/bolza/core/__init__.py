@@ -1,5 +1,6 @@
 """The five nouns: system, cost, trajectory, diffusion, policy; and what is asked of them."""
 
+from bolza.core.checkpointed import Sweep, checkpointed_adjoint
 from bolza.core.cost import (
     CallableCost,
     Cost,
@@ -12,6 +13,7 @@ from bolza.core.cost import (
     maximum_principle_residuals,
 )
 from bolza.core.diffusion import Diffusion, Isotropic, Splitting
+from bolza.core.history import History
 from bolza.core.langevin import langevin
 from bolza.core.minimizers import (
     Minimizer,
@@ -34,6 +36,7 @@ __all__ = [
     "CallableCost",
     "Cost",
     "Diffusion",
+    "History",
     "Isotropic",
     "LinearMap",
     "MaximumPrincipleResiduals",
@@ -41,11 +44,13 @@ __all__ = [
     "Policy",
     "Reference",
     "Splitting",
+    "Sweep",
     "System",
     "TerminalCost",
     "Trajectory",
     "adjoint",
     "binary_rule",
+    "checkpointed_adjoint",
     "cites",
     "draw_noise",
     "extended_hamiltonian",

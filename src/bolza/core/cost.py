@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from bolza.core.costate_step import attach, check_costate, check_scalar, pull_back, step_back
 from bolza.core.errors import ArgumentError, ShapeError
 from bolza.core.minimizers import Minimizer, proximal_minimizer
 from bolza.core.system import System, check_step
@@ -30,7 +32,6 @@ from bolza.ops.trees import (
     tree_dot,
     tree_map,
     tree_norm,
-    with_float_leaves,
 )
 
 __all__ = [
@@ -137,7 +138,7 @@ def hamiltonian(system: System, cost: Cost, t: int, x: Tree, p: Tree, u: Tree) -
     """
     check_step(system, t)
     following = system.step(t, x, u)
-    _check_costate(t, p, following)
+    check_costate(t, p, following)
     return tree_dot(p, following) + cost.running(t, x, u)
 
 
@@ -202,7 +203,7 @@ def extended_hamiltonian(
         held = tree_map(Tensor.requires_grad_, held)
     with torch.enable_grad() if wanted else nullcontext():
         reached = system.step(t, tree_map(Tensor.clone, held), u)
-        _check_costate(t, p, reached)
+        check_costate(t, p, reached)
         value = tree_dot(p, reached) + cost.running(t, held, u)
         if not rho:
             return value
@@ -235,15 +236,6 @@ def _squared_distance(t: int, following: Tree, reached: Tree) -> Tensor:
             f"{[tuple(a.shape) for a in given]}: they must belong to the same batch and mode of the model"
         )
     return torch.stack([(a - b).square().sum() for a, b in zip(given, found, strict=True)]).sum()
-
-
-def _check_costate(t: int, p: Tree, following: Tree) -> None:
-    given, wanted = [a.shape for a in float_leaves(p)], [a.shape for a in float_leaves(following)]
-    if given != wanted:
-        raise ShapeError(
-            f"step {t} returned a state of shape {[tuple(s) for s in wanted]}, but the costate after it "
-            f"has shape {[tuple(s) for s in given]}: they must belong to the same batch and mode of the model"
-        )
 
 
 def adjoint(system: System, cost: Cost, trajectory: Trajectory, *, create_graph: bool = False) -> Trajectory:
@@ -282,31 +274,15 @@ def adjoint(system: System, cost: Cost, trajectory: Trajectory, *, create_graph:
             "be one state more than controls, as rollout returns them"
         )
 
-    def attach(leaf: Tensor) -> Tensor:
-        # a fresh node each time: derivatives are partial, even where two steps share a control
-        leaf = leaf.clone() if leaf.is_inference() else leaf
-        if create_graph:
-            return leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_()
-        return leaf.detach().requires_grad_()
-
     with torch.enable_grad():
-        last = tree_map(attach, trajectory.states[-1])
+        last = tree_map(partial(attach, create_graph=create_graph), trajectory.states[-1])
         value = cost.terminal(last)
-        _check_scalar("terminal", value)
-        (costate,) = _pull_back([value], [None], [last], create_graph)
+        check_scalar("terminal", value)
+        (costate,) = pull_back([value], [None], [last], create_graph)
         costates, gradients = [costate], []
         for t in reversed(range(trajectory.horizon)):
-            x, u = tree_map(attach, trajectory.states[t]), tree_map(attach, trajectory.controls[t])
-            following = system.step(t, tree_map(Tensor.clone, x), u)  # an in-place layer overwrites the clone
-            _check_costate(t, costates[-1], following)
-            running = cost.running(t, x, u)
-            outputs = [*float_leaves(following)]
-            cotangents: list[Tensor | None] = [*float_leaves(costates[-1])]
-            if isinstance(running, Tensor):
-                _check_scalar("running", running)
-                outputs.append(running)
-                cotangents.append(None)
-            costate, gradient = _pull_back(outputs, cotangents, [x, u], create_graph)
+            x, u = trajectory.states[t], trajectory.controls[t]
+            costate, gradient, running = step_back(system, cost, t, x, u, costates[-1], create_graph)
             costates.append(costate)
             gradients.append(gradient)
             value = value + running
@@ -315,36 +291,6 @@ def adjoint(system: System, cost: Cost, trajectory: Trajectory, *, create_graph:
     return replace(
         trajectory, costates=tuple(reversed(costates)), gradients=tuple(reversed(gradients)), value=value
     )
-
-
-def _check_scalar(name: str, value: object) -> None:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ShapeError(
-            f"the {name} cost has shape {shape}, but a cost is one number: take the mean over samples, "
-            "for example with reduction='mean'"
-        )
-
-
-def _pull_back(
-    outputs: list[Tensor], cotangents: list[Tensor | None], trees: list[Tree], create_graph: bool
-) -> list[Tree]:
-    """Cotangents of several trees; zero where the outputs do not depend on a leaf."""
-    inputs = [leaf for tree in trees for leaf in float_leaves(tree)]
-    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    if inputs and pairs:
-        grads = torch.autograd.grad(
-            [o for o, _ in pairs],
-            inputs,
-            [c for _, c in pairs],
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    else:
-        grads = tuple(torch.zeros_like(leaf) for leaf in inputs)
-    found = iter(grads)
-    return [with_float_leaves(tree, [next(found) for _ in float_leaves(tree)], other=None) for tree in trees]
 
 
 def hamiltonian_gap(

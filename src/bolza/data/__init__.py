@@ -1,12 +1,17 @@
 """Data sets that need no download, and loaders for those a user brings."""
 
+from bolza.data.adjustable import AdjustableBatchSampler
 from bolza.data.dataset import Dataset, batches, hold_out
 from bolza.data.loading import NAMES, load, validate
 from bolza.data.sets import diabetes, digits, digits_images, mnist5k, text
+from bolza.data.weighted import WeightedBatches, WeightedBatchSampler, systematic_counts
 
 __all__ = [
     "NAMES",
+    "AdjustableBatchSampler",
     "Dataset",
+    "WeightedBatchSampler",
+    "WeightedBatches",
     "batches",
     "diabetes",
     "digits",
@@ -14,6 +19,7 @@ __all__ = [
     "hold_out",
     "load",
     "mnist5k",
+    "systematic_counts",
     "text",
     "validate",
 ]

@@ -21,6 +21,7 @@ from bolza.models.mlp import ACTIVATIONS, activation_module, mlp
 from bolza.models.recurrent import GRU, MinimalRNN, gru
 from bolza.models.stable import InputResidualNet, NAISBlock, NAISNet, Sine
 from bolza.models.transformers import GPT, TransformerBlock, VisionTransformer, gpt, vit
+from bolza.models.vae import VAE, Code, gaussian_kl, vae
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,6 +29,7 @@ __all__ = [
     "GRU",
     "NAMES",
     "Basis",
+    "Code",
     "Constant",
     "ContinuousBlock",
     "ContinuousNet",
@@ -46,17 +48,20 @@ __all__ = [
     "Sine",
     "Trajectory",
     "TransformerBlock",
+    "VAE",
     "VisionTransformer",
     "activation_module",
     "cnn",
     "continuous_cnn",
     "continuous_mlp",
     "densenet",
+    "gaussian_kl",
     "gpt",
     "gru",
     "inception",
     "make",
     "mlp",
     "resnet",
+    "vae",
     "vit",
 ]

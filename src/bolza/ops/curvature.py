@@ -48,6 +48,23 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 Reduction = Literal["mean", "sum"]
 
 
+@dataclass(frozen=True)
+class _Stamp:
+    """What tells parameters from changed ones: versions, and norms, since fused optimizers count no version."""
+
+    versions: tuple[int, ...]
+    norms: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, leaves: Sequence[Tensor]) -> _Stamp:
+        norms = [n.to(leaves[0]) for n in torch._foreach_norm(list(leaves))]
+        return cls(tuple(p._version for p in leaves), torch.stack(norms))
+
+    def same(self, other: _Stamp) -> bool:
+        return self.versions == other.versions and torch.equal(self.norms, other.norms)
+
+
 @contextmanager
 def _second_derivatives(task: str) -> Iterator[None]:
     """Say which operation stands in the way when torch has no second derivative of it."""
@@ -83,7 +100,7 @@ class _Objective:
     build: Callable[[_Objective, Batch], Product]
     task: str
     kept: Product | None = field(default=None, init=False)
-    versions: tuple[int, ...] = field(default=(), init=False)
+    stamp: _Stamp | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
@@ -122,8 +139,8 @@ class _Objective:
             yield
 
     def product(self, v: Tensor) -> Tensor:
-        versions = tuple(p._version for p in self.leaves)
-        if self.kept is not None and versions == self.versions:
+        stamp = _Stamp.of(self.leaves)
+        if self.kept is not None and self.stamp is not None and self.stamp.same(stamp):
             with torch.enable_grad(), _second_derivatives(self.task):
                 return self.kept(v)
         self.kept = None
@@ -136,7 +153,7 @@ class _Objective:
                 total = total.add_(product(v), alpha=weight)
             weight_sum += weight
             if single:
-                self.kept, self.versions = product, versions
+                self.kept, self.stamp = product, stamp
         return total / weight_sum if self.reduction == "mean" else total
 
     def operator(self) -> LinearOperator:
@@ -337,16 +354,16 @@ def closure_hessian(closure: Callable[[], Tensor], params: Iterable[Tensor]) -> 
         raise ArgumentError(
             "params is empty or holds a tensor without requires_grad: give the leaves to differentiate"
         )
-    kept: list[tuple[tuple[int, ...], Product]] = []
+    kept: list[tuple[_Stamp, Product]] = []
 
     def product(v: Tensor) -> Tensor:
-        versions = tuple(p._version for p in leaves)
+        stamp = _Stamp.of(leaves)
         with torch.enable_grad(), differentiable_kernels(), _second_derivatives("the Hessian"):
-            if not kept or kept[0][0] != versions:
+            if not kept or not kept[0][0].same(stamp):
                 value = checked_loss(closure())
                 if not value.requires_grad:
                     raise ArgumentError("closure returns a value that does not depend on params")
-                kept[:] = [(versions, _hessian_product(value, leaves))]
+                kept[:] = [(stamp, _hessian_product(value, leaves))]
             return kept[0][1](v)
 
     dtype = torch.float64 if all(p.dtype == torch.float64 for p in leaves) else torch.float32

@@ -29,10 +29,11 @@ from bolza.systems.stable import (
     hamiltonian_field,
 )
 from bolza.systems.trace import Traced
-from bolza.systems.training import SGD, TrainingSystem, UpdateRule, module_loss
+from bolza.systems.training import SGD, Adam, TrainingSystem, UpdateRule, module_loss
 
 __all__ = [
     "SGD",
+    "Adam",
     "AntisymmetricField",
     "FieldStability",
     "LinearSystem",

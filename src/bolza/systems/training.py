@@ -27,7 +27,7 @@ from bolza.core.errors import ArgumentError, DataError, ShapeError
 from bolza.ops.replay import differentiable_kernels, frozen_statistics, same_randomness
 from bolza.ops.trees import Tree, tree_add, tree_detach, tree_map, tree_zeros_like
 
-__all__ = ["SGD", "TrainingSystem", "UpdateRule", "module_loss"]
+__all__ = ["SGD", "Adam", "TrainingSystem", "UpdateRule", "module_loss"]
 
 State: TypeAlias = dict[str, Tree]
 Loss: TypeAlias = Callable[[Tree, Any], Tensor]
@@ -110,11 +110,7 @@ class SGD:
         given = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self._has_velocity:
             given |= {"momentum": self.momentum, "dampening": self.dampening}
-        # float64, so that 0.1 is the number that torch.optim uses; it takes the dtype of what it multiplies
-        return {
-            name: torch.tensor(float(value), dtype=torch.float64) if isinstance(value, int | float) else value
-            for name, value in given.items()
-        }
+        return _as_tensors(given)
 
     def init(self, params: Tree) -> State:
         """Return a velocity of zero, if there is momentum."""
@@ -135,6 +131,100 @@ class SGD:
             memory = {"velocity": velocity}
             direction = tree_add(gradient, _times(u["momentum"], velocity)) if self.nesterov else velocity
         return tree_add(params, _times(u["lr"], direction), alpha=-1.0), memory
+
+
+@dataclass(frozen=True)
+class Adam:
+    r"""Adam and AdamW as ``torch.optim`` defines them, options included.
+
+        g ← ∇ℓ + weight_decay·θ                        (decoupled: θ ← θ − lr·weight_decay·θ instead)
+        m ← β₁m + (1 − β₁)g,   v ← β₂v + (1 − β₂)g²
+        θ ← θ − lr · m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + eps)
+
+    Each of ``lr``, ``beta1``, ``beta2`` and ``weight_decay`` is a number, a tensor, or a tree like the parameters,
+    and a control of the step. Where v is zero, its root counts as constant.
+
+    Args:
+        lr: learning rate.
+        betas: (β₁, β₂), memories of the mean and of the square of the gradient.
+        eps: what is added to the root.
+        weight_decay: weight of ½‖θ‖² in the loss, or decay of the parameters where ``decoupled``.
+        decoupled: AdamW.
+        amsgrad: divide by the largest v so far.
+        maximize: climb the loss.
+
+    Example:
+        >>> sorted(Adam().controls())
+        ['beta1', 'beta2', 'lr', 'weight_decay']
+        >>> run = TrainingSystem(lambda w, _: w.square().sum(), [None] * 3, Adam(lr=0.5))
+        >>> from bolza.core import rollout
+        >>> rollout(run, run.initial_state(torch.ones(1))).states[1]["params"]
+        tensor([0.5000])
+    """
+
+    lr: float | Tree = 1e-3
+    betas: tuple[float | Tree, float | Tree] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float | Tree = 0.0
+    decoupled: bool = False
+    amsgrad: bool = False
+    maximize: bool = False
+
+    def controls(self) -> dict[str, Tree]:
+        """Return lr, beta1, beta2 and weight_decay."""
+        given = {"lr": self.lr, "beta1": self.betas[0], "beta2": self.betas[1]}
+        return _as_tensors(given | {"weight_decay": self.weight_decay})
+
+    def init(self, params: Tree) -> State:
+        """Return means of zero, by the names that ``torch.optim.Adam`` gives them."""
+        names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if self.amsgrad else ())
+        return {name: tree_zeros_like(params) for name in names}
+
+    def update(
+        self, t: int, params: Tree, memory: State, gradient: Tree, u: Mapping[str, Tree]
+    ) -> tuple[Tree, State]:
+        """Return parameters and means after one step; what ``u`` lacks is as constructed."""
+        u = {**self.controls(), **u}
+        if self.maximize:
+            gradient = tree_map(torch.neg, gradient)
+        if self.decoupled:
+            params = tree_add(params, _times(u["lr"], _times(u["weight_decay"], params)), alpha=-1.0)
+        else:
+            gradient = tree_add(gradient, _times(u["weight_decay"], params))
+        first = _mix(u["beta1"], memory["exp_avg"], gradient)
+        second = _mix(u["beta2"], memory["exp_avg_sq"], tree_map(torch.square, gradient))
+        after: State = {"exp_avg": first, "exp_avg_sq": second}
+        if self.amsgrad:
+            second = tree_map(torch.maximum, memory["max_exp_avg_sq"], second)
+            after["max_exp_avg_sq"] = second
+
+        def direction(m: Tensor, v: Tensor, beta1: Any, beta2: Any) -> Tensor:
+            there = v > 0  # the root has no derivative at zero
+            root = torch.where(there, torch.where(there, v, 1.0).sqrt(), 0.0)
+            scale = (1 - beta2 ** (t + 1)) ** 0.5
+            return m / (root / scale + self.eps) / (1 - beta1 ** (t + 1))
+
+        betas = (_spread(u[name], first) for name in ("beta1", "beta2"))
+        step = tree_map(direction, first, second, *betas)
+        return tree_add(params, _times(u["lr"], step), alpha=-1.0), after
+
+
+def _as_tensors(given: Mapping[str, Any]) -> dict[str, Tree]:
+    """Numbers in float64, so that 0.1 is that of torch.optim; they take the dtype of what they multiply."""
+    return {
+        name: torch.tensor(float(value), dtype=torch.float64) if isinstance(value, int | float) else value
+        for name, value in given.items()
+    }
+
+
+def _spread(factor: Tree, like: Tree) -> Tree:
+    """A number or tensor for every leaf of a tree; a tree as it is."""
+    return tree_map(lambda _: factor, like) if isinstance(factor, int | float | Tensor) else factor
+
+
+def _mix(beta: Tree, old: Tree, new: Tree) -> Tree:
+    """β·old + (1 − β)·new, leaf by leaf."""
+    return tree_map(lambda a, b, w: a + (b - a) * (1 - w).to(a.dtype), old, new, _spread(beta, old))
 
 
 def _is_zero(value: object) -> bool:

@@ -10,8 +10,17 @@ what usually causes it.
 """
 
 from bolza.testing.clauses import ContractError
+from bolza.testing.controller import CONTROLLER_CLAUSES, check_controller
 from bolza.testing.optimizer import OPTIMIZER_CLAUSES, check_optimizer
 from bolza.testing.policy import check_policy
 from bolza.testing.system import check_system
 
-__all__ = ["OPTIMIZER_CLAUSES", "ContractError", "check_optimizer", "check_policy", "check_system"]
+__all__ = [
+    "CONTROLLER_CLAUSES",
+    "OPTIMIZER_CLAUSES",
+    "ContractError",
+    "check_controller",
+    "check_optimizer",
+    "check_policy",
+    "check_system",
+]

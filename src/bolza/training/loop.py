@@ -27,6 +27,7 @@ from bolza.training.checks import (
     usable_device,
     user_call,
 )
+from bolza.training.controls import ControlRecord
 from bolza.training.divergence import (
     first_nonfinite_gradient,
     first_nonfinite_layer,
@@ -36,6 +37,7 @@ from bolza.training.interrupt import InterruptGuard
 from bolza.training.optimizers import OptimizerSpec, default_loss, make_optimizer
 from bolza.training.order import BatchOrder
 from bolza.training.run import Run
+from bolza.training.stored import checked_record, is_setting, kind_of, upgraded
 
 if TYPE_CHECKING:
     from bolza.data import Dataset
@@ -48,7 +50,6 @@ Progress = Callable[[int, int, Mapping[str, float]], object]
 _EVALUATION_BATCH = 2048
 _RECORDS = 20
 _CURVES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-_FORMS = ("foreach", "fused", "capturable")  # ways to compute one update, free to differ after a resume
 
 
 def train(
@@ -93,10 +94,12 @@ def train(
         weight_decay: passed on if not 0.
         batch_size: samples a step; at most the whole training set.
         steps: optimizer steps in all, those of a resumed run included.
-        epochs: passes through the data, in place of ``steps``; 20 where neither is given.
+        epochs: passes through the data, in place of ``steps``; 20 where neither is given. If a controller
+            changes the size of the batches, the steps follow, so that the samples are the same.
         controller: what changes hyper-parameters during the run: an object with ``step`` (a torch
             scheduler, stepped after every update, or one of :mod:`bolza.controllers`, given ``loss=``), or a
-            function (optimizer, steps) that makes one.
+            function (optimizer, steps) that makes one. ``attach_batches``, where there is one, is called with the
+            :class:`BatchOrder` of the run, whose ``batch_size`` may be set.
         callback: what only looks on: an object whose ``step(loss=…)`` is called after every update and the
             controller, before the next gradient, such as :class:`bolza.Watch`; or a function (optimizer, steps)
             that makes one. Its ``state_dict``, if it has one, is kept in the checkpoint.
@@ -135,6 +138,7 @@ def train(
     parameter = check_model(model)
     data = data.to(parameter.device, parameter.dtype.to_real())
     order = BatchOrder(data.train_x, data.train_y, at_least_one("batch_size", batch_size), seed)
+    given_in_steps = steps is not None
     steps = count_steps(steps, epochs, order.steps_per_epoch)
     if clip is not None and not clip > 0:
         raise ArgumentError(f"clip={clip} must be positive: it is the largest norm of the gradient")
@@ -145,7 +149,11 @@ def train(
         model, data, loss, made, make_controller(controller, made, steps), order, every, clip, progress
     )
     loop.callback = make_controller(callback, made, steps, "callback")
+    for one in (loop.controller, loop.callback):
+        if hasattr(one, "attach_batches"):
+            one.attach_batches(order)
     loop.run.total_steps, loop.run.seed = steps, seed
+    loop.samples = None if given_in_steps else steps * order.batch_size
     if checkpoint is not None:
         check_writable(checkpoint)
         if os.path.exists(checkpoint) and not resume:
@@ -163,7 +171,7 @@ def train(
         try:
             if resume:
                 loop.restore()
-            loop.go(steps, guard)
+            loop.go(guard)
         finally:
             model.train(mode)
     return loop.run
@@ -201,6 +209,8 @@ class _Loop:
         self.callback: Any = None
         self.checkpoint: str | os.PathLike[str] | None = None
         self.run = Run(optimizer=type(optimizer).__name__, batch_size=order.batch_size)
+        self.controls = ControlRecord(optimizer, order, controller)
+        self.samples: int | None = None  # asked for, where the length is not given in steps
         self.loss_sum, self.right, self.seen, self.since = 0.0, 0, 0, 0
         self.latest: dict[str, float] = {}
         self.good: dict[str, Tensor] = {}
@@ -209,7 +219,7 @@ class _Loop:
 
     # ------------------------------------------------------------------------------- the loop
 
-    def go(self, steps: int, guard: InterruptGuard) -> None:
+    def go(self, guard: InterruptGuard) -> None:
         run, started, before = self.run, time.perf_counter(), self.run.seconds
         run.status, run.reason = "finished", ""
         try:
@@ -217,15 +227,15 @@ class _Loop:
                 self.model.train()
                 self.first_record()
             self.model.train()
-            while run.step < steps and not guard.requested:
+            while run.step < run.total_steps and not guard.requested:
                 self.step()
                 run.seconds = before + time.perf_counter() - started
-                if run.step % self.every == 0 or run.step == steps:
+                if run.step % self.every == 0 or run.step == run.total_steps:
                     self.record()
                     self.save()
                 if self.progress is not None:
-                    self.progress(run.step, steps, self.latest)
-            interrupted = guard.requested and run.step < steps
+                    self.progress(run.step, run.total_steps, self.latest)
+            interrupted = guard.requested and run.step < run.total_steps
         except KeyboardInterrupt:
             interrupted = True
         except _Diverged as failure:
@@ -235,12 +245,13 @@ class _Loop:
         run.seconds = before + time.perf_counter() - started
         if interrupted:
             run.status = "interrupted"
-            run.reason = f"interrupted after {run.step} of {steps} steps"
+            run.reason = f"interrupted after {run.step} of {run.total_steps} steps"
             if self.between_steps:  # a second Ctrl-C can strike within a step; then the file stays as it is
                 self.save()
 
     def step(self) -> None:
         self.between_steps = False
+        self.controls.before(self.run.step + 1)
         x, y = self.order.next()
         if self.closure:
             values: list[float] = []
@@ -254,6 +265,7 @@ class _Loop:
         self.since += 1
         self.latest["loss"] = value
         self._control(value)
+        self.controls.after(self.run.step, self.run)
         if self.callback is not None:
             self.callback.step(loss=value)
         self.between_steps = True
@@ -283,6 +295,7 @@ class _Loop:
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         self.run.gradients += 1
+        self.run.samples += len(x)
         if self._scores(outputs, y):
             self.right += int((outputs.detach().argmax(-1) == y).sum())
             self.seen += y.numel()
@@ -296,12 +309,21 @@ class _Loop:
     def _control(self, value: float) -> None:
         if self.controller is None:
             return
+        size = self.order.batch_size
         if isinstance(self.controller, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.controller.step(value)
         elif isinstance(self.controller, torch.optim.lr_scheduler.LRScheduler):
             self.controller.step()
         else:
             self.controller.step(loss=value)
+        if self.order.batch_size != size:
+            self._count_again()
+
+    def _count_again(self) -> None:
+        """Let the steps of a run whose length is in samples follow the size of its batches."""
+        if self.samples is not None:
+            left = max(0, self.samples - self.order.drawn)
+            self.run.total_steps = self.run.step + math.ceil(left / self.order.batch_size)
 
     def _scores(self, outputs: Any, y: Tensor) -> bool:
         return self.data.task != "regression" and isinstance(outputs, Tensor) and outputs.ndim == y.ndim + 1
@@ -389,12 +411,12 @@ class _Loop:
         shapes = {k: [str(v.dtype), *v.shape] for k, v in self.model.state_dict().items()}
         return {
             "optimizer": self.run.optimizer,
-            "controller": type(self.controller).__name__,
-            "batch size": self.order.batch_size,
+            "controller": kind_of(self.controller),
+            "batch size": self.run.batch_size,
             "seed": self.run.seed,
             "loss": getattr(self.loss, "__qualname__", type(self.loss).__name__),
             "clip": self.clip,
-            **{f"{k} of the optimizer": v for k, v in self.optimizer.defaults.items() if _is_setting(k, v)},
+            **{f"{k} of the optimizer": v for k, v in self.optimizer.defaults.items() if is_setting(k, v)},
             "data": [self.data.name, str(self.data.train_x.dtype), *self.data.train_x.shape],
             **{f"tensor {name}": shape for name, shape in shapes.items()},
         }
@@ -440,6 +462,7 @@ class _Loop:
         state = load_tree(self.checkpoint)
         discard_partial(self.checkpoint)
         try:
+            state = upgraded(state)
             was, now = state["fingerprint"], self.fingerprint()
             for key in {**now, **was}:
                 if was.get(key) != now.get(key):
@@ -458,25 +481,18 @@ class _Loop:
             torch.set_rng_state(state["random"]["cpu"])
             if "cuda" in state["random"]:
                 torch.cuda.set_rng_state(state["random"]["cuda"], self.order.x.device)
-            self.run = Run(**{**_checked_record(state["run"]), "total_steps": self.run.total_steps})
+            self.run = Run(**{**checked_record(state["run"]), "total_steps": self.run.total_steps})
+            self.controls.resume(self.run)
+            self._count_again()
             self.loss_sum, self.right, self.seen, self.since = state["sums"]
         except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            lack = (
+                f"it lacks {error}, as one of another version would" if isinstance(error, KeyError) else error
+            )
             raise CheckpointError(
-                f"the checkpoint {str(self.checkpoint)!r} cannot be used: {error}"
+                f"the checkpoint {str(self.checkpoint)!r} cannot be used: {lack}"
             ) from error
         self.good = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-
-
-def _is_setting(name: str, value: object) -> bool:
-    return name not in _FORMS and (value is None or isinstance(value, bool | int | float | str | tuple))
-
-
-def _checked_record(stored: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The stored curves and counts, if each is of its own type."""
-    for name, value in asdict(Run()).items():
-        if value is not None and type(stored[name]) is not type(value):
-            raise TypeError(f"its {name} is a {type(stored[name]).__name__}")
-    return stored
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:

@@ -31,12 +31,16 @@ class Run:
         total_steps: optimizer steps asked for.
         seconds: wall-clock time of training and evaluation, over all resumed parts.
         gradients: number of mini-batch gradients computed.
+        samples: gradients of single samples computed, the sum of the sizes of those mini-batches.
+        control_steps: steps at which ``controls`` were noted, at most a thousand.
+        controls: hyper-parameters in force at each of these steps, by name: ``lr`` and the like of the first
+            parameter group (``lr_1``, … of the others), ``batch_size``, and what the controller logged after the step.
         reason: one sentence on why the run stopped early; empty if it finished.
         unsaved: why the last checkpoint could not be written; empty if it was, or if none was asked for.
         failed_step: step at which a number stopped being finite.
         failed_layer: layer or parameter where it did.
         optimizer: class name of the optimizer.
-        batch_size: samples in a mini-batch.
+        batch_size: samples in a mini-batch at the start.
         seed: seed of the order of the data and of the noise inside the network.
 
     Example:
@@ -55,6 +59,9 @@ class Run:
     total_steps: int = 0
     seconds: float = 0.0
     gradients: int = 0
+    samples: int = 0
+    control_steps: list[int] = field(default_factory=list)
+    controls: dict[str, list[float]] = field(default_factory=dict)
     reason: str = ""
     unsaved: str = ""
     failed_step: int | None = None
@@ -94,4 +101,6 @@ class Run:
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

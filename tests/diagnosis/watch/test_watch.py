@@ -505,3 +505,21 @@ def test_bad_arguments_are_refused_by_name(change, error, words):
     }
     with pytest.raises(error, match=words):
         bolza.Watch(**(given | change))
+
+
+def test_the_temperature_follows_batches_that_change_size():
+    class Batches:
+        batch_size = 8
+
+    batches, model, x = Batches(), Mean(4), torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = bolza.Watch(model, half_square, (x, torch.zeros(64)), optimizer, samples=32, every=1000)
+    watch.attach_batches(batches)
+    seen = []
+    for batches.batch_size in (8, 32):
+        half_square(model(x), None).backward()
+        optimizer.step()
+        watch.step()
+        watch.measure()
+        seen.append(watch.record().readings["noise"][-1]["temperature"])
+    assert seen[0] == pytest.approx(0.1 / 16) and seen[0] == pytest.approx(4 * seen[1])

@@ -118,6 +118,7 @@ class Watch:
                 "the optimizer trains no parameter of the model: give the two that belong together"
             )
         self.batch_size, self.every, self.level, self.seed = batch_size, every, level, seed
+        self._batches: Any = None
         self.count = 0
         self._budget = Budget(_INSIDE * budget)
         self._asked = budget
@@ -145,6 +146,10 @@ class Watch:
         self._noted, self._paced, self._over = 0.0, (0.0, 0.0), 0
 
     # -------------------------------------------------------------------------------- the loop
+
+    def attach_batches(self, batches: Any) -> None:
+        """Follow the size of batches that change it: ``batches.batch_size`` is read at each reading."""
+        self._batches = batches
 
     def step(self, *, loss: float | Tensor | None = None) -> None:
         """Note one step; call it after ``optimizer.step()`` and before the gradients are cleared.
@@ -300,6 +305,8 @@ class Watch:
 
     def _take_noise(self) -> None:
         found = asdict(self._ready().noise())
+        if self._batches is not None:
+            self.batch_size = self._batches.batch_size
         b, lr = self.batch_size, self._lr()
         mu = float(self.optimizer.param_groups[0].get("momentum", 0.0) or 0.0)
         if b is not None:

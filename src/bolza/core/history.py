@@ -1,4 +1,4 @@
-"""What a controller did, kept in bounded room."""
+"""Readings over the steps of a run, kept in bounded room."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ class History:
             self.values = {name: [values[i] for i in kept] for name, values in self.values.items()}
             if not self.wants(step):
                 return
-        for name in readings.keys() - self.values.keys():
-            self.values[name] = [math.nan] * len(self.steps)
+        for name in readings:
+            if name not in self.values:
+                self.values[name] = [math.nan] * len(self.steps)
         self.steps.append(step)
         for name, values in self.values.items():
             values.append(float(readings.get(name, math.nan)))
