@@ -23,7 +23,7 @@ def made(first, second, error=0.01):
 def test_a_tiny_run_gives_rows_a_figure_and_facts(monkeypatch):
     monkeypatch.setitem(BUDGETS, "small", TINY)
     told = []
-    result = get("1511.06251").run("small", lambda share, text: told.append(share))
+    result = get("li2017_sme").run("small", lambda share, text: told.append(share))
     assert told == sorted(told) and told[-1] == 1.0
     exact = [row for row in result.rows if not row.claim.startswith("network")]
     assert len(exact) == 14 and all(row.holds for row in exact)

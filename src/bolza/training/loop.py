@@ -125,7 +125,7 @@ def train(
     Example:
         >>> from bolza.data import digits
         >>> model = nn.Linear(64, 10)
-        >>> run = train(model, digits(), lr=0.1, epochs=2)
+        >>> run = train(model, digits(), lr=0.1, epochs=4)
         >>> run.status, run.final_test_accuracy > 0.9
         ('finished', True)
     """
