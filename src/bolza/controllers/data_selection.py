@@ -37,14 +37,13 @@ from bolza.controllers.weighted_run import (
     WeightedRun,
     batches_of_steps,
     joined,
-    losses_each,
     outputs_of,
-    without_reduction,
 )
 from bolza.core.errors import ArgumentError, DivergenceError, ShapeError
 from bolza.core.reference import cites
 from bolza.ops.batches import Data, Loss, batches_of, count_samples, read, select_parameters
 from bolza.ops.replay import differentiable_kernels, frozen_statistics, same_randomness
+from bolza.ops.sample_losses import sample_losses, without_reduction
 from bolza.ops.trees import tree_detach, tree_map
 from bolza.systems.training import SGD, UpdateRule
 
@@ -317,7 +316,7 @@ def example_losses(
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         for x, y in read(batches_of(pool), device):
             out, n = outputs_of(model, params or {}, x), count_samples(x)
-            found.append(losses_each(without_reduction(loss, out, y, n), out, y, n))
+            found.append(sample_losses(without_reduction(loss, out, y, n), out, y, n))
     return torch.cat(found)
 
 

@@ -2,22 +2,20 @@ r"""A training run whose control is the weight of every example, and the product
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 from torch.utils import _pytree
 
-from bolza.core.errors import ArgumentError, DataError, DivergenceError, ShapeError
+from bolza.core.errors import ArgumentError, DataError, DivergenceError
 from bolza.ops.batches import Data, Loss, batches_of, count_samples, read
 from bolza.ops.replay import same_randomness
+from bolza.ops.sample_losses import sample_losses
 from bolza.ops.trees import Tree, float_leaves, tree_map, with_float_leaves
 from bolza.systems.training import UpdateRule
 
@@ -27,10 +25,8 @@ __all__ = [
     "WeightedRun",
     "batches_of_steps",
     "joined",
-    "losses_each",
     "outputs_of",
     "slopes_of",
-    "without_reduction",
 ]
 
 Objective: TypeAlias = Literal["area", "final"]
@@ -63,7 +59,7 @@ class WeightedRun:
         """Loss of each example, (n,)."""
         with same_randomness(seed, self.device):
             out = outputs_of(self.model, params, x)
-            return losses_each(self.loss, out, y, count_samples(x))
+            return sample_losses(self.loss, out, y, count_samples(x))
 
     def pieces(self, index: Tensor) -> Iterable[tuple[slice, Any, Any]]:
         """Micro-batches of a batch: where they are in it, inputs, targets."""
@@ -189,56 +185,6 @@ def outputs_of(model: nn.Module, params: dict[str, Tensor], x: Any) -> Any:
     """What the model makes of x with other parameters; a tuple as positional, a dict as keyword arguments."""
     args, kwargs = (x, None) if isinstance(x, tuple) else ((), x) if isinstance(x, dict) else ((x,), None)
     return functional_call(model, params, args, kwargs)
-
-
-def losses_each(loss: Loss, out: Any, y: Any, n: int) -> Tensor:
-    """Losses of the samples, from a loss that gives one a sample or that averages over them."""
-    value = loss(out, y)
-    if not isinstance(value, Tensor) or (value.ndim and tuple(value.shape) != (n,)):
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ShapeError(
-            f"the loss of {n} examples has shape {got}: it must be their mean, or one number an example, ({n},)"
-        )
-    if value.ndim:
-        return value
-
-    def alone(out: Any, y: Any) -> Tensor:
-        return loss(
-            *_pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, (out, y))
-        )
-
-    return vmap(alone, randomness="different")(out, y)
-
-
-def without_reduction(loss: Loss, out: Any, y: Any, n: int) -> Loss:
-    """The loss as one that gives a number a sample, where it has the option and that proves right on a few samples."""
-    value = loss(out, y)
-    if not isinstance(value, Tensor) or value.ndim:
-        return loss
-    plain: Loss
-    if isinstance(loss, nn.Module):
-        if getattr(loss, "reduction", None) != "mean":
-            return loss
-        plain = copy.copy(loss)
-        vars(plain)["reduction"] = "none"
-    else:
-        try:
-            if "reduction" not in inspect.signature(loss).parameters:
-                return loss
-        except (TypeError, ValueError):
-            return loss
-        plain = partial(loss, reduction="none")  # type: ignore[call-arg]
-
-    def each(out: Any, y: Any) -> Tensor:
-        value = plain(out, y)
-        return value if value.ndim == 1 else value.flatten(1).mean(1)
-
-    few = min(n, 4)
-    parts = [_pytree.tree_map(lambda leaf, i=i: leaf[i : i + 1], (out, y)) for i in range(few)]
-    wanted = torch.stack([loss(*part) for part in parts])
-    found = each(*_pytree.tree_map(lambda leaf: leaf[:few], (out, y)))
-    tol = 1e-4 if found.dtype == torch.float32 else 1e-10
-    return each if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=tol, atol=tol) else loss
 
 
 def joined(data: Data, device: torch.device, name: str) -> tuple[Any, Any]:
