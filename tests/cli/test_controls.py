@@ -55,3 +55,9 @@ def test_at_most_six_panels_are_drawn_gaps_are_left_and_the_others_named():
     assert len(axes_of(figure)) == 6
     assert "in the JSON record only: reading 6x, reading 7x, reading 8x" in figure.caption
     assert to_png(figure)[:4] == b"\x89PNG"
+
+
+def test_what_a_controller_of_the_library_logs_is_said_in_words_and_nothing_is_said_of_others():
+    figure = controls_figure(run(guard=STEPS, mine=STEPS))
+    assert "guard: share of the update that the loss allows" in figure.caption
+    assert "guard: share" in figure.sketch and "mine:" not in figure.sketch + figure.caption

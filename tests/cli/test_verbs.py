@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -148,6 +149,20 @@ def test_a_controller_of_ones_own_is_a_function_of_optimizer_and_steps(bolza, ho
     )
     assert bolza("train", *common, "--controller", "user_code:halve", "--json", "r.json").exit_code == 0
     assert json.loads((home / "r.json").read_text())["run"]["controls"]["lr"] == [1, 0.5, 0.25, 0.125]
+
+
+def test_a_warning_is_a_sentence_without_the_line_that_raised_it():
+    from bolza.cli._errors import _plain_warnings
+
+    shown, kept = (UserWarning("the rate is too large"), UserWarning, "loop.py", 318), warnings.formatwarning
+    with _plain_warnings(debug=False):
+        assert warnings.formatwarning(*shown) == "warning: the rate is too large\n"
+    assert warnings.formatwarning is kept and "loop.py:318" in warnings.formatwarning(*shown)
+
+
+def test_methods_shows_no_markup(bolza):
+    shown = bolza("methods", "controllers").stdout
+    assert ":func:" not in shown and "`" not in shown
 
 
 def test_cite_prints_bibtex(bolza):

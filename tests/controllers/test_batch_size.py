@@ -182,3 +182,25 @@ def test_what_makes_no_sense_is_refused():
     controller = BatchSizeController(made)
     with pytest.raises(ArgumentError, match="attach_batches"):
         steps(made, controller)
+
+
+def test_a_smaller_last_batch_of_an_epoch_counts_with_its_own_size():
+    generator, weight = torch.Generator().manual_seed(0), torch.zeros(100, requires_grad=True)
+    made, sampler = torch.optim.SGD([weight], lr=1.0), AdjustableBatchSampler(100, 64)
+    controller = BatchSizeController(made, sampler, law="noise_scale", every=10**6, beta=0.99)
+    for _ in range(100):
+        data = torch.randn(100, 100, generator=generator)
+        for batch in sampler:
+            weight.grad = data[batch].mean(0)
+            made.step()
+            controller.step()
+    assert controller.tracker.noise == pytest.approx(100, rel=0.05)  # 139 if both had the size of the first
+
+
+def test_a_loader_is_taken_by_its_sampler_if_that_changes_size():
+    made, size, controller = worn()
+    sampler = AdjustableBatchSampler(8, 2)
+    controller.attach_batches(torch.utils.data.DataLoader(range(8), batch_sampler=sampler))
+    assert controller.batches is sampler
+    with pytest.raises(ArgumentError, match="AdjustableBatchSampler"):
+        controller.attach_batches(torch.utils.data.DataLoader(range(8), batch_size=2))

@@ -261,3 +261,69 @@ def test_what_makes_no_sense_is_refused():
     late.grad = torch.ones(2)
     with pytest.raises(ArgumentError, match="after the controller was made"):
         noisy_bowl(controller, optimizer, theta, 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: SGD(p, lr=0.3, weight_decay=0.3),
+        lambda p: torch.optim.AdamW(p, lr=0.3, weight_decay=0.3),
+        lambda p: torch.optim.RMSprop(p, lr=0.3),
+        lambda p: torch.optim.Adamax(p, lr=0.3),
+    ],
+    ids=["SGD with decay", "AdamW", "RMSprop", "Adamax"],
+)
+def test_it_anneals_below_the_floor_whatever_the_step_and_the_weight_decay(make):
+    found = {}
+    for worn in (False, True):
+        theta = torch.full((40,), 3.0, dtype=F, requires_grad=True)
+        optimizer = make([theta])
+        controller = CSGD(optimizer, granularity="layer") if worn else None
+        draw = torch.Generator().manual_seed(0)
+        path = []
+        for _ in range(300):
+            theta.grad = theta.detach() - 3 + torch.randn(40, generator=draw, dtype=F)
+            optimizer.step()
+            if controller is not None:
+                controller.step()
+            path.append(theta.detach().clone())
+        found[worn] = float(torch.stack(path[-60:]).var(0).mean())
+    assert found[True] < 0.3 * found[False]
+
+
+@pytest.mark.parametrize("granularity", ["coordinate", "layer", "global"])
+def test_momentum_that_a_scheduler_sets_later_counts(granularity):
+    """The same run, whether the momentum was there when the controller was made or came afterwards."""
+    ends = []
+    for late in (False, True):
+        theta = torch.full((4,), 3.0, dtype=F, requires_grad=True)
+        optimizer = SGD([theta], lr=0.1, momentum=0.0 if late else 0.9)
+        controller = CSGD(optimizer, granularity=granularity)
+        optimizer.param_groups[0]["momentum"] = 0.9
+        draw = torch.Generator().manual_seed(0)
+        for _ in range(30):
+            theta.grad = theta.detach() + torch.randn(4, generator=draw, dtype=F)
+            optimizer.step()
+            controller.step()
+        ends.append(theta.detach())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("granularity", ["coordinate", "layer", "global"])
+def test_a_group_at_rest_stays_there_and_does_not_stop_the_others(granularity):
+    still, theta = (torch.full((20,), 3.0, requires_grad=True) for _ in range(2))
+    optimizer = SGD([{"params": [still], "lr": 0.0}, {"params": [theta]}], lr=0.3)
+    controller = CSGD(optimizer, granularity=granularity)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        for p in (still, theta):
+            p.grad = p.detach() + torch.randn(20, generator=draw)
+        optimizer.step()
+        controller.step()
+    assert torch.equal(still, torch.full_like(still, 3.0)) and optimizer.param_groups[0]["lr"] == 0
+    assert theta.square().mean() < 0.2
+
+
+def test_an_optimizer_that_maximizes_is_refused():
+    with pytest.raises(ArgumentError, match="maximize"):
+        CSGD(SGD([torch.ones(1, requires_grad=True)], lr=0.1, maximize=True))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from bolza.controllers import data_values, example_losses, gradient_similarity, select_data
 from bolza.controllers.weighted_run import WeightedRun
 from bolza.core import CallableCost, adjoint, rollout
-from bolza.core.errors import ArgumentError, DivergenceError, ShapeError
+from bolza.core.errors import ArgumentError, DataError, DivergenceError, ShapeError
 from bolza.systems.training import SGD, Adam, TrainingSystem, module_loss
 
 D = torch.float64
@@ -317,3 +317,34 @@ def test_what_cannot_work_is_refused_by_name():
         data_values(normed, F.cross_entropy, pool, target, steps=1, lr=0.1, chunk=5)
     with pytest.raises(ArgumentError, match="rounds=0"):
         select_data(net, F.cross_entropy, pool, target, rounds=0, steps=1, lr=0.1)
+
+
+def test_a_pool_in_another_order_every_time_is_refused_and_an_iterator_is_read_once():
+    net, pool, target = problem()
+    pairs = torch.utils.data.TensorDataset(*pool)
+    shuffled = torch.utils.data.DataLoader(pairs, batch_size=4, shuffle=True)
+    for score in (data_values, select_data):
+        with pytest.raises(DataError, match="shuffles"):
+            score(net, F.cross_entropy, shuffled, target, steps=2, lr=0.1)
+    once = iter([(pool[0][:5], pool[1][:5]), (pool[0][5:], pool[1][5:])])
+    options = {"steps": 2, "lr": 0.1, "rounds": 1}
+    found = [select_data(net, F.cross_entropy, given, target, **options) for given in (pool, once)]
+    torch.testing.assert_close(found[0].weights, found[1].weights)
+
+
+def test_a_mean_with_class_weights_is_refused_where_it_would_be_taken_for_one_without():
+    net, pool, target = problem()
+    weight = torch.tensor([1.0, 5.0, 9.0], dtype=torch.float64)[: int(pool[1].max()) + 1]
+    with pytest.raises(ArgumentError, match="reduction='none'"):
+        data_values(net, torch.nn.CrossEntropyLoss(weight), pool, target, steps=1, lr=0.1)
+    each = torch.nn.CrossEntropyLoss(weight, reduction="none")
+    values = data_values(net, each, pool, target, steps=1, lr=0.1)
+    plain = data_values(net, F.cross_entropy, pool, target, steps=1, lr=0.1)
+    assert values.target_losses[0] > 1.5 * plain.target_losses[0]
+
+
+@pytest.mark.parametrize("wrong", [torch.arange(0), torch.ones(12, dtype=torch.bool), torch.tensor([0, 99])])
+def test_batches_that_are_no_places_in_the_pool_are_refused(wrong):
+    net, pool, target = problem()
+    with pytest.raises(ArgumentError, match=r"batches\[0\]"):
+        data_values(net, F.cross_entropy, pool, target, steps=1, lr=0.1, batches=[wrong])

@@ -99,3 +99,13 @@ def test_a_controller_that_measures_says_what_it_needs(name):
         make(name, optimizer, 10)
     with pytest.raises(ArgumentError, match="give loss="):
         make(name, optimizer, 10, model=model, data=(X, Y), batch_size=8)
+
+
+def test_batches_of_the_window_have_the_size_of_the_run_and_mix_sorted_data():
+    x, y = torch.randn(33, 4), torch.arange(33) // 11
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    loss = nn.functional.cross_entropy
+    made = make("hypergradient-window", optimizer, 10, model=net, loss=loss, data=(x, y), batch_size=16)
+    assert [len(part[0]) for part in made._batches.batches] == [16, 16]
+    assert all(len(part[1].unique()) == 3 for part in made._batches.batches)

@@ -140,3 +140,17 @@ def test_what_cannot_work_is_refused_by_name():
         rollout(Participation(lambda theta: theta, [GUESS]), SHARES)
     with pytest.raises(DivergenceError, match="round 0"):
         rollout(Participation(lambda theta: risks(theta) * torch.nan, [GUESS]), SHARES)
+
+
+@pytest.mark.parametrize("wrong", [{"floor": torch.ones(3)}, {"floor": float("nan")}, {"floor_weight": -1.0}])
+def test_a_floor_that_makes_no_sense_is_refused_and_whole_shares_are_taken(wrong):
+    def risks(theta):
+        return (theta - torch.tensor([0.0, 1.0])) ** 2
+
+    with pytest.raises(ArgumentError, match="floor"):
+        plan_participation(risks, torch.tensor([1, 0]), torch.tensor(0.5), 1, **({"floor": 0.5} | wrong))
+    whole, real = (
+        myopic_plan(risks, shares, torch.tensor(0.5), 1, iterations=2)
+        for shares in (torch.tensor([1, 0]), torch.tensor([1.0, 0.0]))
+    )
+    assert whole.cost == real.cost

@@ -121,3 +121,18 @@ def test_bad_limits_gains_and_costs_are_refused_by_name():
         critical_gain(0.1, 0.1, 0.0)
     with pytest.raises(ShapeError, match="cost"):
         PIDLagrangian([1.0, 2.0])(torch.tensor(0.0), torch.ones(3))
+
+
+def test_a_limit_may_be_changed_and_is_kept_in_the_state():
+    zero, lag, other = (
+        torch.tensor(0.0),
+        PIDLagrangian(1.0, kp=1.0, ki=0.0),
+        PIDLagrangian(1.0, kp=1.0, ki=0.0),
+    )
+    lag.limit = 2.0
+    lag(zero, torch.tensor(3.0))
+    assert float(lag.multiplier) == 1.0
+    other.load_state_dict(lag.state_dict())
+    assert float(other.limit) == 2.0
+    with pytest.raises(ShapeError, match="limit"):
+        lag.limit = [1.0, 2.0]

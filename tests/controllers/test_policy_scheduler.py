@@ -1,8 +1,11 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
-from bolza.controllers import PolicyScheduler
+from bolza.controllers import CMSGD, CSGD, HyperGradient, PolicyScheduler
 from bolza.core.errors import ArgumentError
 
 
@@ -67,3 +70,43 @@ def test_a_policy_that_cannot_be_worn_is_refused():
     adam = torch.optim.Adam([nn.Parameter(torch.ones(2))])
     with pytest.raises(ArgumentError, match="sets 'momentum', which Adam does not have"):
         PolicyScheduler(adam, Recorder()).step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize(
+    "make",
+    [CSGD, CMSGD, lambda o: CSGD(o, granularity="layer", every=2), lambda o: HyperGradient(o, window=3)],
+)
+def test_a_copy_of_optimizer_and_controller_goes_on_like_the_original(make, copied):
+    theta = torch.full((4,), 3.0, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([theta], lr=0.3)
+    pair = optimizer, make(optimizer)
+
+    def run(pair):
+        draw = torch.Generator().manual_seed(0)
+        (p,) = pair[0].param_groups[0]["params"]
+        for _ in range(12):
+            p.grad = p.detach() + torch.randn(4, generator=draw, dtype=torch.float64)
+            pair[0].step()
+            pair[1].step(loss=1.0)
+        return p.detach()
+
+    run(pair)
+    twin = copied(pair)
+    assert torch.equal(run(twin), run(pair)) and twin[1].count == 24
+
+
+def test_a_policy_follows_the_first_group_that_moves():
+    class Halve:
+        def init(self):
+            return {}
+
+        def update(self, state, observation):
+            return state, {"lr": observation["lr"] / 2}
+
+    still, one, two = (torch.ones(1, requires_grad=True) for _ in range(3))
+    groups = [{"params": [still], "lr": 0.0}, {"params": [one], "lr": 0.4}, {"params": [two], "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = PolicyScheduler(optimizer, Halve())
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.2, 0.05]

@@ -262,6 +262,8 @@ def test_what_makes_no_sense_is_refused(tmp_path):
         ({"validation": 1.5}, "validation=1.5"),
         ({"validation": 1e-4}, "0 to select on"),
         ({"mutation": -1.0}, "mutation=-1"),
+        ({"hyper": {"lr": 0.1}}, "LogPrior"),
+        ({"make": torch.nn.Linear(64, 10)}, "make_model"),
         ({"optimizer": torch.optim.SGD([torch.ones(1)])}, "one instance"),
     ):
         with pytest.raises(ArgumentError, match=match):
@@ -274,3 +276,20 @@ def test_what_makes_no_sense_is_refused(tmp_path):
         search().run(resume=True)
     with pytest.raises(ArgumentError, match="make_model"):
         search(make=lambda: 3).run()
+
+
+def test_a_checkpoint_of_another_optimizer_or_other_networks_is_refused(tmp_path):
+    path = tmp_path / "search.ckpt"
+    search().run(checkpoint=path)
+    for settings, match in (
+        ({"optimizer": "adam"}, "optimizer"),
+        ({"make": lambda: torch.nn.Linear(64, 10, bias=False)}, "other networks"),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            search(**settings).run(checkpoint=path, resume=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1.0])
+def test_a_fitness_that_is_no_share_is_refused(bad):
+    with pytest.raises(ArgumentError, match="fitness"):
+        selection_probabilities([1.0, bad])

@@ -200,3 +200,33 @@ def test_half_precision_is_integrated_in_single():
     for _ in range(600):
         value = control.step(torch.ones(2, dtype=torch.bfloat16))
     assert value.dtype == torch.float32 and value.tolist() == pytest.approx([0.06, 0.06], rel=1e-4)
+
+
+def test_narrower_limits_leave_nothing_to_unwind():
+    weight = SetPoint(1.0, PID(ki=0.1, high=5.0), initial=4.0)
+    weight.step(1.0)
+    weight.retune(high=1.0)
+    assert weight.step(0.0) == pytest.approx(0.9)
+
+
+def test_settings_changed_before_the_first_step_do_not_move_the_weight():
+    for settings in ({"bias": 5.0}, {"form": "incremental"}):
+        weight = SetPoint(1.0, PID(ki=0.1, bias=1.0))
+        weight.retune(**settings)
+        assert weight.step(1.0) == 1.0
+
+
+def test_a_set_point_that_is_not_finite_is_refused_before_it_is_integrated():
+    weight = SetPoint(lambda step: math.nan if step == 1 else 1.0, PID(ki=1.0))
+    weight.step(2.0)
+    with pytest.raises(ArgumentError, match="target=nan at step 2"):
+        weight.step(2.0)
+    assert weight.step(2.0) == 2.0
+
+
+@pytest.mark.parametrize(("first", "second"), [(torch.ones(3), 1.0), (1.0, torch.ones(3))])
+def test_other_loops_than_before_are_refused(first, second):
+    weight = SetPoint(1.0, PID(ki=1.0))
+    weight.step(first)
+    with pytest.raises(ShapeError, match="measurement"):
+        weight.step(second)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from bolza.core.errors import ArgumentError
+from bolza.core.errors import ArgumentError, DataError
 from bolza.data import AdjustableBatchSampler
 from bolza.training import load_tree, save_tree
 
@@ -106,3 +106,8 @@ def test_what_makes_no_sense_is_refused():
     next(first), next(second)
     with pytest.raises(ArgumentError, match="second pass"):
         next(first)
+
+
+def test_a_state_of_other_data_is_refused():
+    with pytest.raises(DataError, match="100 samples"):
+        AdjustableBatchSampler(50, 10).load_state_dict(AdjustableBatchSampler(100, 10).state_dict())

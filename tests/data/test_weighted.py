@@ -115,3 +115,28 @@ def test_wrong_weights_and_sizes_are_refused_by_name():
         systematic_counts(torch.ones(3), 0)
     with pytest.raises(ShapeError, match="2 entries"):
         WeightedBatchSampler(torch.ones(3), 2).weights = torch.ones(2)
+
+
+def test_a_second_pass_within_the_first_is_refused_and_not_mixed_up_with_it():
+    sampler = WeightedBatchSampler(torch.ones(8), 2)
+    with pytest.raises(ArgumentError, match="second pass"):
+        list(zip(sampler, sampler, strict=True))
+
+
+def test_what_becomes_of_the_tensor_of_weights_does_not_change_an_epoch_that_is_resumed():
+    x, given = torch.arange(8.0), torch.ones(8)
+    batches = WeightedBatches((x, x), given, 4, how="weigh")
+    next(iter(batches))
+    given[0] = 100.0
+    after = WeightedBatches((x, x), torch.ones(8), 4, how="weigh")
+    after.load_state_dict(batches.state_dict())
+    assert [w.tolist() for _, _, w in after] == [[1.0] * 4]
+
+
+def test_a_state_of_other_data_and_a_size_that_is_none_are_refused():
+    sampler = WeightedBatchSampler(torch.ones(8), 2)
+    with pytest.raises(ShapeError, match="8 examples"):
+        WeightedBatchSampler(torch.ones(6), 2).load_state_dict(sampler.state_dict())
+    for size in (0, 2.5):
+        with pytest.raises(ArgumentError, match="batch_size"):
+            sampler.batch_size = size

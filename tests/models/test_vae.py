@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from bolza.core.errors import ArgumentError, ShapeError
+from bolza.core.errors import ArgumentError, DataError, ShapeError
 from bolza.models import VAE, gaussian_kl, vae
 
 
@@ -65,6 +65,8 @@ def test_what_does_not_fit_is_refused_by_name():
         vae(likelihood="poisson")
     with pytest.raises(ArgumentError, match=r"hidden\[1\]"):
         vae(hidden=(3, 0))
+    with pytest.raises(DataError, match="between -1 and 2"):
+        vae(3, 1).terms(torch.tensor([[-1.0, 0.5, 2.0]]))
     with pytest.raises(ShapeError, match="encoder"):
         VAE(nn.Linear(6, 3), nn.Linear(1, 6)).terms(torch.rand(2, 6))
     with pytest.raises(ShapeError, match="decoder"):

@@ -282,3 +282,24 @@ class TestBadInput:
 
         with pytest.raises(UnsupportedError, match="ctc"):
             hessian_operator(NoSecond(), lambda z, y: z, self.data) @ torch.ones(12)
+
+
+def test_an_operator_follows_mode_running_statistics_and_data_changed_in_place():
+    model, x = (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double(),
+        torch.randn(6, 3).double(),
+    )
+    y = torch.ones(6, 1).double()
+    hessian = hessian_operator(model, F.mse_loss, (x, y))
+    v = torch.ones(hessian.size).double()
+
+    def now():
+        return torch.allclose(hessian @ v, hessian_operator(model, F.mse_loss, (x, y)) @ v)
+
+    hessian @ v
+    model.eval()
+    assert now()
+    model[1].running_var.mul_(4.0)
+    assert now()
+    x.mul_(2.0)
+    assert now()

@@ -187,3 +187,12 @@ def test_settings_out_of_range_are_refused_by_name(bad):
 def test_an_output_that_is_pushed_out_ends_at_its_limit_not_before_it(form, anti_windup):
     pid = PID(ki=0.4, low=0.1, high=1.0, bias=0.5, form=form, anti_windup=anti_windup)
     assert outputs(pid, [-0.6, -0.6, -0.6, 1.0]) == pytest.approx([0.26, 0.1, 0.1, 0.5])
+
+
+@pytest.mark.parametrize("form", ["positional", "incremental"])
+def test_what_lies_beyond_the_limits_at_the_start_or_on_resuming_is_not_unwound(form):
+    pid = PID(ki=0.1, low=1.0, high=2.0, form=form)
+    assert pid.init()["output"] == 1.0
+    for state in (pid.init(7.0), pid.resume(pid.init(), 7.0, 0.5)):
+        assert state["output"] == 2.0
+        assert pid.update(state, -1.0)[1] == pytest.approx(1.9)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bolza.controllers import Controller, PolicyScheduler, StationarityAnnealing
-from bolza.core.errors import ArgumentError, CheckpointError
+from bolza.core.errors import ArgumentError, CheckpointError, UserCodeError
 from bolza.data import digits
 from bolza.training import BatchOrder, Run, load_tree, save_tree, train
 from bolza.training.controls import ControlRecord, hyper_parameters
@@ -159,3 +159,44 @@ def test_batches_of_changing_size_go_through_each_permutation_in_turn():
     assert order.batch_size == 10 and torch.equal(order.next()[0], order.x)
     with pytest.raises(ArgumentError, match="batch_size=0"):
         order.batch_size = 0
+
+
+class Says(Controller):
+    """Decides and logs what it was given."""
+
+    def __init__(self, optimizer, action, log=0.0):
+        super().__init__(optimizer)
+        self.action, self.logged = action, log
+
+    def decide(self, observation):
+        return self.action
+
+    def log(self):
+        return {"value": self.logged}
+
+
+@pytest.mark.parametrize(
+    ("action", "told"),
+    [
+        ({"lr": math.nan}, "sets lr=nan, which must be finite"),
+        ({"lr": -1.0}, "sets lr=-1.0, which must not be negative"),
+        ({"lr": "fast"}, "sets lr='fast', which is no number"),
+        ({"momentum": [math.inf]}, "sets momentum=inf"),
+        ({"batch_size": None}, "sets batch_size=None"),
+    ],
+)
+def test_a_value_that_no_run_survives_is_refused_by_name_before_it_is_written(action, told):
+    with pytest.raises(ArgumentError, match=told):
+        train(net(), DATA, lr=0.1, steps=2, controller=lambda o, n: Says(o, action))
+
+
+def test_a_controller_that_fails_is_named_with_the_step_and_one_that_changes_nothing_may_return_nothing():
+    class Forgetful(Controller):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    with pytest.raises(UserCodeError, match="controller Forgetful raised AttributeError at step 1"):
+        train(net(), DATA, steps=2, controller=lambda o, n: Forgetful(o))
+    with pytest.raises(UserCodeError, match="controller Says raised TypeError at step 1.*must be numbers"):
+        train(net(), DATA, steps=2, controller=lambda o, n: Says(o, {}, log=None))
+    assert train(net(), DATA, steps=2, controller=lambda o, n: Says(o, None)).status == "finished"

@@ -14,6 +14,21 @@ __all__ = ["controls_figure"]
 
 _MOST = 6
 _TITLES = {"lr": "learning rate"}
+_MEANINGS = {  # of what the controllers of this library log
+    "u": "mean factor on the update",
+    "mu": "mean momentum",
+    "significant": "share of entries whose curvature stands out of the noise",
+    "guard": "share of the update that the loss allows",
+    "sharpness": "largest curvature",
+    "edge": "curvature as a share of the limit of stability at the given rate",
+    "noise": "variance of the gradient, tr Σ",
+    "signal": "squared mean gradient, estimated without bias, so that it may fall below 0",
+    "wanted_batch_size": "batch that the law asks for, before its bounds",
+    "planned_loss": "loss above the bottom that the plan expects",
+    "spent": "gradients spent on measuring, in batches",
+    "cosine_lr": "cosine between the gradient and what a larger rate would have changed",
+    "retracted": "steps taken back",
+}
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -46,12 +61,14 @@ def controls_figure(run: Run) -> Figure | None:
         caption += f"; constant: {', '.join(_title(name) for name in constant)}"
     if left:
         caption += f"; in the JSON record only: {', '.join(title for title, _ in left)}"
+    shown_titles = [title for title, _ in shown]
+    meanings = [f"{_title(n)}: {words}" for n, words in _MEANINGS.items() if _title(n) in shown_titles]
     return Figure(
         "Controls",
         lambda canvas: _draw(canvas, run.control_steps, shown, rows),
-        f"{caption}.",
+        ". ".join([caption, *meanings]) + ".",
         size=(9.2, 0.5 + 2.5 * rows),
-        sketch=_sketch(shown),
+        sketch="\n".join([_sketch(shown), *meanings]),
         key="controls",
     )
 

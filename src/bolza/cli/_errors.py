@@ -20,6 +20,7 @@ import os
 import sys
 import sysconfig
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, debug: bool = False, **kwargs: Any) -> Any:
         if has_debug:
             kwargs["debug"] = debug
-        with reporting(debug):
+        with reporting(debug), _plain_warnings(debug):
             return function(*args, **kwargs)
 
     if not has_debug:
@@ -88,6 +89,18 @@ def reporting(debug: bool) -> Iterator[None]:
             )
             _end(error, sentence, BAD_INPUT, debug)
         _end(error, _unexpected(error), UNEXPECTED, debug)
+
+
+@contextmanager
+def _plain_warnings(debug: bool) -> Iterator[None]:
+    """Show a warning as one sentence, without the line of the library that raised it."""
+    kept = warnings.formatwarning
+    if not debug:
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = kept
 
 
 def tolerant_streams() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,7 +57,8 @@ def _document(found: list) -> Document:  # type: ignore[type-arg]
 
 
 def _sentence(text: str) -> str:
-    return text.replace("``", "").replace("`", "").rstrip(".")
+    plain = re.sub(r":[\w:]+:`~?([^`]+)`", r"\1", text)  # roles of Sphinx
+    return plain.replace("`", "").rstrip(".")
 
 
 def _short(references: tuple) -> str:  # type: ignore[type-arg]

@@ -70,6 +70,7 @@ class BatchSizeController(Controller):
 
     Example:
         >>> from bolza.data import AdjustableBatchSampler, digits
+        >>> _ = torch.manual_seed(1)
         >>> data, net = digits(), torch.nn.Linear(64, 10)
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
         >>> sampler = AdjustableBatchSampler(1438, batch_size=8)
@@ -143,7 +144,9 @@ class BatchSizeController(Controller):
         """Take in the gradient, and now and then a new batch size."""
         if not self.moved:
             return {}
-        size = observation.get("batch_size", getattr(self.batches, "batch_size", None))
+        size = observation.get("batch_size")
+        if size is None:  # what was drawn: the last batch of an epoch may be smaller
+            size = getattr(self.batches, "drawn_size", 0) or getattr(self.batches, "batch_size", None)
         if size is None:
             raise ArgumentError(
                 "the size of the batch is not known: call attach_batches(sampler), or pass step(batch_size=...)"

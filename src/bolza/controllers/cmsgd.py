@@ -26,39 +26,12 @@ from bolza.controllers.running_moments import (
     Granularity,
     MomentsController,
     at_most,
-    observe_,
-    positive_,
-    significant,
+    numbers_of,
 )
 from bolza.core.errors import ArgumentError
 from bolza.core.reference import cites
 
 __all__ = ["CMSGD"]
-
-
-@torch.no_grad()
-def momentum_(
-    momentum: Tensor,
-    rows: Sequence[Tensor],
-    w: Tensor,
-    rate: float | Tensor,
-    z: float,
-    cap: float,
-    form: Form = "denoised",
-) -> Tensor:
-    """Move μ of every entry towards its law, in place; return 1 where the curvature is significant, else 0."""
-    mean_g, _, var_g, var_x, cov = rows[:5]
-    curvature = cov / var_x
-    found = significant(w, curvature, cov, var_g, z)
-    damped = curvature * rate
-    square = mean_g * mean_g
-    if form == "released":
-        square.add_(var_g)
-    quiet = torch.div(var_g, square).mul_(damped).mul_(-0.5).add_(1)
-    wanted = torch.minimum(damped.clamp_min_(0).sqrt_().mul_(-2).add_(1), quiet).clamp_(0, cap)
-    wanted.sub_(cap).mul_(positive_(curvature)).add_(cap)
-    momentum.add_(wanted.sub_(momentum).mul_(w).mul_(found).nan_to_num_(0.0))
-    return found
 
 
 @cites(LI)
@@ -142,6 +115,8 @@ class CMSGD(MomentsController):
         self.cap, self.start = cap, min(float(momentum or 0.0), cap)
         self.numbers = {self._name: self.start, "significant": 0.0, "guard": 1.0}
 
+    controlled = 6
+
     @property
     def _name(self) -> str:
         return "mu" if self.form == "denoised" else "mu (damping only)"
@@ -171,7 +146,7 @@ class CMSGD(MomentsController):
         entries, plain = self.granularity == "coordinate", not self._keep
         momenta = self._blocks["mu"]
         if observing and not entries:
-            self._learn_blocks(moving, squares)
+            self.learn_blocks("mu", moving, squares)
         sums: list[Tensor] = []
         size = 0
         for piece in room.pieces(moving):
@@ -184,25 +159,15 @@ class CMSGD(MomentsController):
             after.copy_(x).add_(velocity)
             room.scatter(piece, after)
             sums.append(velocity.dot(velocity))
-            if not (observing and entries):
-                continue
-            count = room.counts[piece.parts[0][1]] + 1
-            w = observe_(rows, g, x, count, self.beta, s[3:])
-            found = w.new_zeros(())
-            if count > 2:
-                rate = self.piece_rates(piece)
-                found = momentum_(mu, rows, w, rate, self.z, self.cap, self.form).sum()
-            sums += [found, mu.sum()]
-            size += len(mu)
-        place, dtype = sums[0].device, sums[0].dtype
-        told = torch.stack([t.to(place, dtype) for t in sums])
-        if observing and entries:
-            made, found_, total = told.view(-1, 3).sum(0).tolist()
-            self.numbers[self._name] = min(self.cap, max(0.0, total / size))
-            self.numbers["significant"] = found_ / size
+            if observing and entries:
+                sums += self.learn_entries(piece, g, x, s[3:])
+                size += len(velocity)
+        numbers = numbers_of(sums)
+        if size:
+            self.numbers[self._name] = min(self.cap, max(0.0, sum(numbers[2::3]) / size))
+            self.numbers["significant"] = sum(numbers[1::3]) / size
             room.saw(moving)
-        else:
-            made = float(told.sum())
+        made = sum(numbers[::3] if size else numbers)
         self.promised(at_most(made, squares), squares)
         guard = self.numbers["guard"] = self.guard(observation.get("loss"), squares)
         if guard < 1:
@@ -217,10 +182,20 @@ class CMSGD(MomentsController):
             p.detach().sub_(velocity.to(p.dtype), alpha=1 - share)
             velocity.mul_(share)
 
-    def _learn_blocks(self, moving: Sequence[Tensor], squares: Tensor) -> None:
-        self.observe_blocks(moving, not self._keep)
-        rates, found = self.block_rates(moving, squares), self.significant_blocks()
-        loss, noise, curvature = self.estimates(found)
-        rate = torch.tensor([rates[i] for i in found], dtype=torch.float64)
-        self.move_blocks("mu", found, momentum_law(loss, noise, rate, curvature).clamp_max(self.cap))
-        self.room.saw(moving)
+    def move_(
+        self, rows: Sequence[Tensor], weight: Tensor, rate: float | Tensor, curvature: Tensor, scratch: Tensor
+    ) -> None:
+        """Move μ towards min{1 − 2√(aη), 1 − ηΣa/(2ḡ²)}, both 1 where a ≤ 0, within 0 and the cap."""
+        mean_g, var_g, mu = rows[0], rows[2], rows[6]
+        damped = curvature.mul_(rate)
+        square = torch.mul(mean_g, mean_g, out=scratch)
+        if self.form == "released":
+            square.add_(var_g)
+        quiet = torch.div(var_g, square, out=scratch).mul_(damped).mul_(-0.5).add_(1)
+        free = damped.clamp_min_(0).sqrt_().mul_(-2).add_(1)
+        wanted = torch.minimum(free, quiet, out=scratch).clamp_(0, self.cap)
+        mu.addcmul_(weight, wanted.sub_(mu).nan_to_num_(0.0))
+
+    def law(self, loss: Tensor, noise: Tensor, rate: Tensor, curvature: Tensor) -> Tensor:
+        """μ* of blocks."""
+        return momentum_law(loss, noise, rate, curvature).clamp_max(self.cap)

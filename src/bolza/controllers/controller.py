@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader
 
 from bolza.core.errors import ArgumentError
 from bolza.core.history import History
@@ -63,6 +65,9 @@ class Controller:
         self.moved = False
         self._keep = keep_update
         self._before: dict[Tensor, Tensor] = {}
+        self._wear()
+
+    def _wear(self) -> None:
         this = weakref.ref(self)  # the hook must not keep the controller alive
 
         def note(*_: Any) -> None:
@@ -70,8 +75,17 @@ class Controller:
             if controller is not None:
                 controller._note()
 
-        self._hook = optimizer.register_step_pre_hook(note)
+        self._hook = self.optimizer.register_step_pre_hook(note)
         weakref.finalize(self, self._hook.remove)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the hook, which belongs to this controller and its optimizer."""
+        return {name: value for name, value in vars(self).items() if name != "_hook"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Wear a copy over the optimizer that was copied along."""
+        vars(self).update(state)
+        self._wear()
 
     # ------------------------------------------------------------------- what a subclass says
 
@@ -83,7 +97,8 @@ class Controller:
 
         Returns:
             New values of entries of the parameter groups, or of ``"batch_size"``: a number for all groups
-            (``"lr"`` keeps the ratios between them), or one number a group.
+            (``"lr"`` is that of the first group that has one other than 0; the ratios between groups stay), or one
+            number a group.
         """
         raise NotImplementedError
 
@@ -109,6 +124,12 @@ class Controller:
     def moving(self) -> list[Tensor]:
         """Those of them that have a gradient."""
         return [p for p in self.parameters if p.grad is not None]
+
+    @property
+    def leader(self) -> int:
+        """Number of the group that stands for all: the first one whose learning rate is not 0."""
+        rates = [float(group.get("lr", 0.0)) for group in self.optimizer.param_groups]
+        return next((i for i, rate in enumerate(rates) if rate > 0), 0)
 
     def before(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Values of parameters before the last update, in buffers that the next update overwrites."""
@@ -136,12 +157,14 @@ class Controller:
         """Name what draws the batches, so that an action can set their size.
 
         Args:
-            batches: anything with a ``batch_size`` that can be set.
+            batches: anything with a ``batch_size`` that can be set, or a loader whose ``batch_sampler`` has one.
 
         Raises:
             ArgumentError: it has none.
         """
-        if not hasattr(batches, "batch_size"):
+        if isinstance(batches, DataLoader) and not isinstance(batches.batch_sampler, BatchSampler):
+            batches = batches.batch_sampler  # torch's own reads its size only at the start of an epoch
+        if isinstance(batches, DataLoader) or not hasattr(batches, "batch_size"):
             raise ArgumentError(
                 f"batches={type(batches).__name__} has no batch_size: give a bolza.data.AdjustableBatchSampler"
             )
@@ -165,7 +188,7 @@ class Controller:
         if self._keep and not self.moved:
             return {}
         given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in observation.items()}
-        action = dict(self.decide(given))
+        action = dict(self.decide(given) or {})  # a law that changes nothing may return nothing
         for key, value in action.items():
             self._write(key, value)
         self.count += 1
@@ -175,8 +198,8 @@ class Controller:
         return action
 
     def readings(self) -> dict[str, float]:
-        """Learning rate and momentum of the first group, batch size, and :meth:`log`."""
-        first = self.optimizer.param_groups[0]
+        """Learning rate and momentum of the leading group, batch size, and :meth:`log`."""
+        first = self.optimizer.param_groups[self.leader]
         found: dict[str, float] = {n: float(first[n]) for n in ("lr", "momentum") if n in first}
         if self.batches is not None:
             found["batch_size"] = float(self.batches.batch_size)
@@ -215,7 +238,7 @@ class Controller:
                     f"{type(self).__name__} sets batch_size={value}, but does not know what draws the batches: "
                     "call attach_batches(sampler)"
                 )
-            self.batches.batch_size = int(value)
+            self.batches.batch_size = int(_usable(type(self).__name__, key, value))
             return
         groups = self.optimizer.param_groups
         if key not in groups[0]:
@@ -223,18 +246,32 @@ class Controller:
                 f"{type(self).__name__} sets {key!r}, which {type(self.optimizer).__name__} does not have: its "
                 f"groups have {', '.join(k for k in groups[0] if k != 'params')}"
             )
-        if isinstance(value, Sequence):
+        if isinstance(value, Sequence) and not isinstance(value, str):
             if len(value) != len(groups):
                 raise ArgumentError(
                     f"{type(self).__name__} sets {len(value)} values of {key!r} for {len(groups)} groups: give one each"
                 )
-            values = [float(v) for v in value]
+            values = [_usable(type(self).__name__, key, v) for v in value]
         else:
-            reference = float(groups[0][key]) if key == "lr" else 0.0
-            rest = [value * (float(g[key]) / reference) if reference > 0 else value for g in groups[1:]]
-            values = [value, *rest]
+            value = _usable(type(self).__name__, key, value)
+            reference = float(groups[self.leader][key]) if key == "lr" else 0.0
+            values = [value * (float(g[key]) / reference) if reference > 0 else value for g in groups]
         for group, new in zip(groups, values, strict=True):
             if isinstance(group[key], Tensor):
                 group[key].fill_(new)  # a compiled step holds on to the tensor
             else:
                 group[key] = new
+
+
+def _usable(who: str, key: str, value: Any) -> float:
+    """The number that a law wants to set, or an error before it can do harm."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"{who} sets {key}={value!r}, which is no number: return one from decide()"
+        ) from error
+    if not math.isfinite(number) or (key == "lr" and number < 0):
+        must = "be finite" if not math.isfinite(number) else "not be negative"
+        raise ArgumentError(f"{who} sets {key}={number}, which must {must}: bound it in decide()")
+    return number

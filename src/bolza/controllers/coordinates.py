@@ -13,7 +13,7 @@ from bolza.core.errors import ArgumentError, UnsupportedError
 
 __all__ = ["Coordinates", "Piece"]
 
-_CHUNK = 65536  # elements: a dozen such vectors stay near the processor, and few calls are made
+_CHUNK = 131072  # elements: a dozen such vectors stay near the processor, and few calls are made
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class Coordinates:
         self.counts = [0] * len(self.place)  # observations of each parameter
         self._pieces: tuple[list[int], list[Piece]] | None = None
         self._scratch: dict[int, Tensor] = {}
+        self._views: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but views and pieces: a copy makes them of its own rows."""
+        return vars(self) | {"_pieces": None, "_scratch": {}, "_views": {}}
 
     def pieces(self, moving: Sequence[Tensor]) -> list[Piece]:
         """Pieces that cover some of the parameters, each of parameters that were observed equally often."""
@@ -89,6 +94,7 @@ class Coordinates:
             ) from None
         if self._pieces is None or self._pieces[0] != wanted:
             self._pieces = (wanted, list(self._cut(moving, wanted)))
+            self._views.clear()
         return self._pieces[1]
 
     def _cut(self, moving: Sequence[Tensor], wanted: Sequence[int]) -> Iterator[Piece]:
@@ -117,7 +123,10 @@ class Coordinates:
 
     def of(self, piece: Piece) -> tuple[Tensor, ...]:
         """Rows of a piece, as views."""
-        return self.rows[piece.room][:, piece.start : piece.stop].unbind(0)
+        where = piece.room, piece.start, piece.stop
+        if where not in self._views:
+            self._views[where] = self.rows[piece.room][:, piece.start : piece.stop].unbind(0)
+        return self._views[where]
 
     def row(self, number: int, p: Tensor) -> Tensor:
         """One row of a parameter, in its shape, as a view."""
@@ -146,21 +155,23 @@ class Coordinates:
             _, _, a, b = piece.parts[0]
             flat = tensors[0].view(-1)
             return flat if b - a == len(flat) else flat[a:b]
-        flats = [t.reshape(-1)[a:b].to(dtype) for t, (_, _, a, b) in zip(tensors, piece.parts, strict=True)]
+        flats = [t.reshape(-1) if t.dtype == dtype else t.reshape(-1).to(dtype) for t in tensors]
+        if len(flats) == 1:
+            _, _, a, b = piece.parts[0]
+            flats[0] = flats[0][a:b]
         return torch.cat(flats, out=out) if out is not None else torch.cat(flats)
 
     def scatter(self, piece: Piece, values: Tensor) -> None:
         """Write entries of the piece back to its parameters; nothing to do for a view of them."""
-        at = 0
-        for p, _, a, b in piece.parts:
-            part = values[at : at + b - a]
-            at += b - a
-            if p.is_contiguous():
-                flat = p.detach().view(-1)[a:b]
-                if flat.data_ptr() != part.data_ptr():
-                    flat.copy_(part)
-            else:
-                p.detach().copy_(part.view(p.shape))
+        if piece.whole:
+            p, _, a, b = piece.parts[0]
+            flat = p.detach().view(-1)[a:b]
+            if flat.data_ptr() != values.data_ptr():
+                flat.copy_(values)
+            return
+        parts = values.split([b - a for _, _, a, b in piece.parts])
+        whole = [part.view(p.shape) for part, (p, *_) in zip(parts, piece.parts, strict=True)]
+        torch._foreach_copy_([p.detach() for p, *_ in piece.parts], whole)
 
     def saw(self, moving: Sequence[Tensor]) -> None:
         """Count an observation."""

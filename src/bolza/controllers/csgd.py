@@ -35,9 +35,7 @@ from bolza.controllers.running_moments import (
     Granularity,
     MomentsController,
     at_most,
-    observe_,
-    positive_,
-    significant,
+    numbers_of,
 )
 from bolza.core.errors import ArgumentError
 from bolza.core.reference import Reference, cites
@@ -54,32 +52,6 @@ LOIZOU = Reference(
 )
 
 
-@torch.no_grad()
-def brake_(
-    brake: Tensor,
-    rows: Sequence[Tensor],
-    w: Tensor,
-    rate: float | Tensor,
-    z: float,
-    form: Form = "denoised",
-    stable: bool = True,
-) -> Tensor:
-    """Move 1 − u of every entry towards its law, in place; return 1 where the curvature is significant, else 0."""
-    mean_g, _, var_g, var_x, cov = rows[:5]
-    curvature = cov / var_x  # 0/0 where nothing moved yet: then nothing below is significant
-    found = significant(w, curvature, cov, var_g, z)
-    # quotients of like sizes: products of three moments would leave the range of float32
-    top = mean_g * mean_g
-    low = var_g + top if stable and form == "denoised" else var_g
-    if form == "released":
-        top.add_(var_g)
-    wanted = top.div_(low).div_(curvature)
-    wanted = wanted.mul_(-1 / rate) if isinstance(rate, float) else wanted.div_(rate).neg_()
-    wanted.add_(1).clamp_(0, 1).mul_(positive_(curvature))
-    brake.add_(wanted.sub_(brake).mul_(w).mul_(found).nan_to_num_(0.0))
-    return found
-
-
 @cites(LI, LOIZOU)
 class CSGD(MomentsController):
     r"""Scale each update by u ∈ [0, 1], the optimal rate for the measured curvature, noise and slope.
@@ -87,7 +59,9 @@ class CSGD(MomentsController):
         u* = min(1, ḡ²/(aη(Σ + ḡ²))),      η the optimizer's own rate, "as large as it tolerates or larger"
 
     Call ``step(loss=…)`` after ``optimizer.step()`` and before the gradients are cleared. Works over any optimizer: u
-    scales its update. η is the group's ``lr``, ``lr/(1 − μ)`` with momentum, ``lr/(√v̂ + ε)`` over an Adam.
+    scales its update. η is the group's ``lr``, ``lr/(1 − μ)`` with momentum, ``lr/(√v̂ + ε)`` over an Adam or RMSprop;
+    over other optimizers it is measured, from the length of update and gradient of each tensor. Weight decay counts as
+    a part of the loss.
 
     * ``granularity="coordinate"``: one u an entry, the paper's law; six numbers an entry.
     * ``"layer"``: one u a parameter tensor, from sums of squares over it; two numbers an entry.
@@ -178,6 +152,10 @@ class CSGD(MomentsController):
             for rows in room.rows:
                 rows[5] = 1 - self.u0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the hook and the views of rows."""
+        return super().__getstate__() | {"_brakes": {}}
+
     def own_memory(self) -> dict[str, Any]:
         """The rates that u multiplies."""
         return {"base": list(self._base)}
@@ -190,7 +168,7 @@ class CSGD(MomentsController):
     # ------------------------------------------------------------------------------ one step
 
     @torch.no_grad()
-    def decide(self, observation: Mapping[str, Any]) -> dict[str, float]:
+    def decide(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """Scale the last update; learn from it."""
         room, usable = self.room, self.usable()
         if usable is None:
@@ -212,42 +190,52 @@ class CSGD(MomentsController):
             self._scale_entries(moving, self.numbers["guard"])
         return {}
 
-    def _entries(self, moving: Sequence[Tensor], squares: Tensor) -> None:
+    def _entries(self, moving: Sequence[Tensor], squares: Sequence[float]) -> None:
         room, plain, groups = self.room, not self._keep, self.optimizer.param_groups
         guard = self.numbers["guard"]
         sums: list[Tensor] = []
+        rates: list[float] = []
         size = 0
         for piece in room.pieces(moving):
             s = room.scratch(piece, 7)
-            rows = room.of(piece)
-            group, brake, count = groups[piece.group], rows[5], room.counts[piece.parts[0][1]] + 1
+            brake = room.of(piece)[5]
             g, after, x = self.views(piece, plain, s)
             if plain:
-                lr = float(group["lr"])
-                made = torch.mul(g, g, out=s[3])
-                told = (made.sum() - made.dot(brake)).mul_(lr)
-                after.addcmul_(g, brake, value=lr * guard)
+                lr = float(groups[piece.group]["lr"])
+                kept_back = torch.mul(g, brake, out=s[3])
+                told = g.dot(g).sub_(g.dot(kept_back))
+                after.add_(kept_back, alpha=lr * guard)
                 if guard < 1:
                     after.add_(g, alpha=lr * (1 - guard))
             else:
+                lr = 1.0
                 after.lerp_(x, brake)
                 made = torch.sub(after, x, out=s[3])
                 told = made.dot(made)
             room.scatter(piece, after)
-            w = observe_(rows, g, x, count, self.beta, s[3:])
-            sums.append(told)
-            if count > 2:
-                rate = self.piece_rates(piece)
-                found = brake_(brake, rows, w, rate, self.z, self.form, self.stable)
-                sums += [found.sum(), brake.sum()]
-            else:
-                sums += [told.new_zeros(()), brake.sum()]
+            sums += [told, *self.learn_entries(piece, g, x, s[3:])]
+            rates.append(lr)
             size += len(brake)
-        place, dtype = sums[0].device, sums[0].dtype
-        made_, found_, brakes = torch.stack([t.to(place, dtype) for t in sums]).view(-1, 3).sum(0).tolist()
+        numbers = numbers_of(sums)
+        made_ = sum(lr * told for lr, told in zip(rates, numbers[::3], strict=True))
         self.promised(made_ if plain else at_most(made_, squares), squares)
-        self.numbers[self._name] = min(1.0, max(0.0, 1 - brakes / size))
-        self.numbers["significant"] = found_ / size
+        self.numbers[self._name] = min(1.0, max(0.0, 1 - sum(numbers[2::3]) / size))
+        self.numbers["significant"] = sum(numbers[1::3]) / size
+
+    def move_(
+        self, rows: Sequence[Tensor], weight: Tensor, rate: float | Tensor, curvature: Tensor, scratch: Tensor
+    ) -> None:
+        """Move 1 − u towards 1 − 1/max(1, aη(Σ + ḡ²)/ḡ²)."""
+        mean_g, var_g, brake = rows[0], rows[2], rows[5]
+        # quotients of like sizes: products of three moments would leave the range of float32
+        wanted = torch.mul(mean_g, mean_g, out=scratch)
+        if self.form == "released":
+            wanted.add_(var_g)
+        torch.div(var_g, wanted, out=wanted)
+        if self.stable and self.form == "denoised":
+            wanted.add_(1)
+        wanted.mul_(curvature).mul_(rate).nan_to_num_(1.0).clamp_min_(1).reciprocal_()
+        brake.addcmul_(weight, wanted.add_(brake).sub_(1), value=-1)
 
     def _scale_entries(self, moving: Sequence[Tensor], guard: float) -> None:
         for p in moving:
@@ -269,24 +257,21 @@ class CSGD(MomentsController):
 
     # -------------------------------------------------------------------------------- blocks
 
+    def law(self, loss: Tensor, noise: Tensor, rate: Tensor, curvature: Tensor) -> Tensor:
+        """u* of blocks."""
+        exact = self.stable and self.form == "denoised"
+        return learning_rate_law(loss, noise, rate, curvature, exact=exact)
+
     def _by_blocks(
-        self, moving: Sequence[Tensor], told: Any, observing: bool, squares: Tensor
-    ) -> dict[str, float]:
+        self, moving: Sequence[Tensor], told: Any, observing: bool, squares: Sequence[float]
+    ) -> dict[str, Any]:
         room, blocks, whole = self.room, self._blocks, self.granularity == "global"
         groups = self.optimizer.param_groups
         self._follow()
         u = list(blocks["u"])
         if observing:
-            made = self.observe_blocks(moving, not self._keep)
-            rates = self.block_rates(moving, squares)
-            if whole and self.count:  # u is part of the rates
-                rates = [rates[0] / u[0]]
-            found = self.significant_blocks()
-            loss, noise, curvature = self.estimates(found)
-            rate = torch.tensor([rates[i] for i in found], dtype=torch.float64)
-            exact = self.stable and self.form == "denoised"
-            self.move_blocks("u", found, learning_rate_law(loss, noise, rate, curvature, exact=exact))
-            room.saw(moving)
+            # the rates of global hold u already
+            made = self.learn_blocks("u", moving, squares, u[0] if whole and self.count else 1.0)
             factors = [1.0] if whole else u
             if self._keep:
                 decrease = at_most(sum(m * f * f for m, f in zip(made, factors, strict=True)), squares)
@@ -300,7 +285,8 @@ class CSGD(MomentsController):
         if not whole:
             return {}
         factor = max(blocks["u"][0], 1e-8)
-        return {"lr": self._base[0] * factor} if factor != 1 or self._base[0] != groups[0]["lr"] else {}
+        rates = [base * factor for base in self._base]
+        return {"lr": rates} if rates != [group["lr"] for group in groups] else {}
 
     def _follow(self) -> None:
         """Base rates of the groups: what others make of ``lr`` is theirs, what u makes of it ours."""

@@ -37,13 +37,15 @@ from bolza.controllers.weighted_run import (
     WeightedRun,
     batches_of_steps,
     joined,
+    one_number_each,
     outputs_of,
+    refuse_shuffled,
 )
 from bolza.core.errors import ArgumentError, DivergenceError, ShapeError
 from bolza.core.reference import cites
 from bolza.ops.batches import Data, Loss, batches_of, count_samples, read, select_parameters
 from bolza.ops.replay import differentiable_kernels, frozen_statistics, same_randomness
-from bolza.ops.sample_losses import sample_losses, without_reduction
+from bolza.ops.sample_losses import sample_losses
 from bolza.ops.trees import tree_detach, tree_map
 from bolza.systems.training import SGD, UpdateRule
 
@@ -115,6 +117,7 @@ def _problem(
         raise ArgumentError(f"cost={cost!r} is not known: choose 'area' or 'final'")
     selected = {name: p.detach() for name, p in select_parameters(model, params).items()}
     device = next(iter(selected.values())).device
+    refuse_shuffled(pool, "pool")
     x, y = joined(pool, device, "pool")
     n = count_samples(x)
     if chunk is not None and chunk < 1:
@@ -129,10 +132,10 @@ def _problem(
     rule = SGD(lr=float(lr)) if lr is not None else optimizer
     assert rule is not None
     aim = joined(target, device, "target")
-    few = min(n, 8)
+    few = torch.arange(0, n, max(1, n // 64), device=device)  # of all classes, where they are sorted
     with torch.no_grad(), frozen_statistics(model), same_randomness(seed, device):
-        sample = _pytree.tree_map(lambda leaf: leaf[:few], (x, y))
-        loss = without_reduction(loss, outputs_of(model, selected, sample[0]), sample[1], few)
+        sample = _pytree.tree_map(lambda leaf: leaf[few], (x, y))
+        loss = one_number_each(loss, outputs_of(model, selected, sample[0]), sample[1], len(few))
     whole = batches is None and batch_size is None
     return WeightedRun(model, loss, x, y, aim, rule, chosen, whole, cost, chunk or n, seed, device), selected
 
@@ -141,10 +144,13 @@ def _weights(weights: Tensor | None, problem: WeightedRun, like: Tensor) -> Tens
     n = problem.count
     if weights is None:
         return torch.full((n,), 1 / n, dtype=like.dtype, device=like.device)
+    weights = torch.as_tensor(weights)
     if tuple(weights.shape) != (n,):
         raise ShapeError(
             f"weights has shape {tuple(weights.shape)}, but the pool holds {n} examples: one number each"
         )
+    if not bool(weights.isfinite().all()):
+        raise ArgumentError("weights holds a number that is not finite: give one finite weight an example")
     return weights.detach().to(like)
 
 
@@ -178,8 +184,8 @@ def data_values(
 
     Args:
         model: the network, evaluated in the mode it is in; running statistics do not move.
-        loss: ``loss(prediction, y)``, the mean over samples or one number a sample.
-        pool: pair ``(x, y)`` of N examples, or batches of them.
+        loss: ``loss(prediction, y)``, the mean over samples or one number a sample; class weights need the latter.
+        pool: pair ``(x, y)`` of N examples, or batches of them, always in the same order.
         target: examples whose loss is to fall.
         steps: T.
         lr: η of plain descent; or give ``optimizer``.
@@ -202,7 +208,7 @@ def data_values(
 
     Raises:
         ArgumentError: a setting makes no sense.
-        DataError: pool or target cannot be read.
+        DataError: pool or target cannot be read, or the pool is shuffled.
         ShapeError: the loss or the weights have a wrong shape.
         DivergenceError: the run diverged; the error names the step.
 
@@ -312,11 +318,12 @@ def example_losses(
         tensor([0.5000, 0.5000])
     """
     found = []
+    refuse_shuffled(pool, "pool")
     with torch.no_grad(), frozen_statistics(model):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         for x, y in read(batches_of(pool), device):
             out, n = outputs_of(model, params or {}, x), count_samples(x)
-            found.append(sample_losses(without_reduction(loss, out, y, n), out, y, n))
+            found.append(sample_losses(one_number_each(loss, out, y, n), out, y, n))
     return torch.cat(found)
 
 
@@ -414,6 +421,11 @@ def select_data(
     """
     if rounds < 1 or not step > 0:
         raise ArgumentError(f"rounds={rounds} must be at least 1 and step={step} positive")
+    refuse_shuffled(pool, "pool")
+    if options.get("params") is not None:
+        options["params"] = list(options["params"])
+    device = next(iter(select_parameters(model, options.get("params")).values())).device
+    pool, target = joined(pool, device, "pool"), joined(target, device, "target")  # iterators are read once
     values = data_values(model, loss, pool, target, **options)
     costs, size = [values.cost], 1.0
     total = float(values.weights.sum())

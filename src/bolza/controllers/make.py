@@ -126,7 +126,10 @@ def _hypergradient(run: _Run) -> Any:
         return HyperGradient(run.optimizer)
     model, loss, (x, y) = run.network()
     size = run.samples()
-    batches = list(zip(x.split(size), y.split(size), strict=True))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(
+        x.device
+    )  # data may be sorted
+    batches = [(x[rows], y[rows]) for rows in order.split(size) if len(rows) == min(size, len(x))]
     return HyperGradient(run.optimizer, model, loss, batches, window=_WINDOW)
 
 

@@ -265,7 +265,7 @@ class OptimalSchedule(Controller):
         self.seen, self.seen_loss = seen, seen.loss
         self._caution, self._reference = 1.0, None
         self.sample_gradients += seen.sample_gradients
-        ours = float(self.optimizer.param_groups[0]["lr"])
+        ours = float(self.optimizer.param_groups[self.leader]["lr"])
         self._unit = of.unit / ours if ours > 0 else 1.0
         cap = of.limit / (2 * (1 + of.momentum))  # Nesterov's limit is lower
         allowed = self.safety * cap * seen.limit

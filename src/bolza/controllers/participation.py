@@ -264,7 +264,7 @@ def _checked(theta: Tree, shares: Tensor, horizon: int, discount: float) -> Tens
     shares = torch.as_tensor(shares)
     if shares.ndim != 1 or not bool(((shares >= 0) & (shares <= 1)).all()):
         raise ArgumentError(f"shares={shares.tolist()} must be one number between 0 and 1 for each group")
-    return shares.detach()
+    return shares.detach() if shares.is_floating_point() else shares.to(float_leaves(theta)[0].dtype)
 
 
 def myopic_plan(
@@ -416,6 +416,12 @@ def plan_participation(
     """
     shares = _checked(theta, shares, horizon, discount)
     low = None if floor is None else torch.as_tensor(floor, dtype=shares.dtype, device=shares.device)
+    if low is not None and not (low.isfinite().all() and low.shape in ((), shares.shape)):
+        raise ArgumentError(
+            f"floor={floor!r} must be finite, one number or one for each of {len(shares)} groups"
+        )
+    if not floor_weight >= 0:
+        raise ArgumentError(f"floor_weight={floor_weight} must not be negative: it would reward a fall")
     cost = _cost(low, floor_weight, discount, horizon)
     first = _first_plans(risks, shares, theta, horizon, retention, iterations, starts)
     found: list[ParticipationPlan] = []

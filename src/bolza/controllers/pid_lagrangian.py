@@ -140,6 +140,7 @@ class PIDLagrangian:
         initial: multipliers to start from.
 
     Attributes:
+        limit: d, a float64 tensor; it may be set at any time, to as many entries.
         multiplier: λ in force, a tensor with one entry a constraint, or a scalar tensor for a single number.
 
     Raises:
@@ -172,11 +173,7 @@ class PIDLagrangian:
         normalise: bool = True,
         initial: float = 0.0,
     ) -> None:
-        self.limit = torch.as_tensor(limit).detach().double()
-        if not bool(self.limit.isfinite().all()) or self.limit.ndim > 1 or self.limit.numel() == 0:
-            raise ArgumentError(
-                f"limit={limit!r} must be a finite number, or a list of them, one a constraint"
-            )
+        self._limit: Tensor = _limits(limit)
         for name, gain in (("kp", kp), ("ki", ki), ("kd", kd), ("initial", initial)):
             if not gain >= 0:
                 raise ArgumentError(
@@ -196,6 +193,20 @@ class PIDLagrangian:
         )
         self.normalise = normalise
         self.control = SetPoint(self.limit, pid, initial=initial)
+
+    @property
+    def limit(self) -> Tensor:
+        """What the costs are held at or below."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, value: float | Sequence[float] | Tensor) -> None:
+        limits = _limits(value)
+        if limits.shape != self._limit.shape:
+            raise ShapeError(
+                f"limit has shape {tuple(limits.shape)}, but there are multipliers of shape {tuple(self._limit.shape)}"
+            )
+        self._limit = limits
 
     @property
     def multiplier(self) -> Tensor:
@@ -253,9 +264,17 @@ class PIDLagrangian:
         return self.control.log()
 
     def state_dict(self) -> dict[str, Any]:
-        """Memory of the law and its history."""
+        """Memory of the law, limits and history; the gains are settings."""
         return self.control.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self.control.load_state_dict(state_dict)
+        self.limit = torch.as_tensor(self.control.target).cpu()
+
+
+def _limits(value: float | Sequence[float] | Tensor) -> Tensor:
+    limits = torch.as_tensor(value).detach().double()
+    if not bool(limits.isfinite().all()) or limits.ndim > 1 or limits.numel() == 0:
+        raise ArgumentError(f"limit={value!r} must be a finite number, or a list of them, one a constraint")
+    return limits

@@ -38,8 +38,8 @@ MEASUREMENTS: dict[str, Callable[[torch.optim.Optimizer], float]] = {
 class PolicyScheduler(Controller):
     """Apply a feedback law to the hyper-parameters of an optimizer.
 
-    Call ``step`` after ``optimizer.step()``. The policy observes what is passed to ``step``, the
-    hyper-parameters of the first parameter group under their own names (``lr``, ``momentum``, …), and the
+    Call ``step`` after ``optimizer.step()``. The policy observes what is passed to ``step``, the hyper-parameters of
+    the first parameter group with a rate other than 0 under their own names (``lr``, ``momentum``, …), and the
     measurements that it lists in its attribute ``observes``. Its action is written to every group; a new
     ``lr`` keeps the ratios between groups.
 
@@ -79,7 +79,9 @@ class PolicyScheduler(Controller):
 
     def decide(self, observation: Mapping[str, Any]) -> dict[str, float]:
         """Ask the policy."""
-        seen = {key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"}
+        seen = {
+            key: value for key, value in self.optimizer.param_groups[self.leader].items() if key != "params"
+        }
         for name in getattr(self.policy, "observes", ()):
             seen[name] = MEASUREMENTS[name](self.optimizer)
         if self.batches is not None:

@@ -92,6 +92,7 @@ def selection_probabilities(fitness: Sequence[float]) -> Tensor:
         Float64 tensor.
 
     Raises:
+        ArgumentError: a fitness is negative or not finite.
         DivergenceError: no member is fit.
 
     Example:
@@ -99,6 +100,10 @@ def selection_probabilities(fitness: Sequence[float]) -> Tensor:
         tensor([0.7500, 0.2500, 0.0000], dtype=torch.float64)
     """
     values = torch.tensor(list(fitness), dtype=torch.float64)
+    if not bool((values.isfinite() & (values >= 0)).all()):
+        raise ArgumentError(
+            f"fitness={values.tolist()} must be finite and not negative: it is a share of the chances"
+        )
     if not bool((values > 0).any()):
         raise DivergenceError(
             "no member of the population has a finite validation loss: lower the learning rates of the prior, or "
@@ -221,6 +226,15 @@ class PopDescent:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ArgumentError(f"{name}={value!r} must be a whole number, at least {least}")
+        if isinstance(make_model, nn.Module) or not callable(make_model):
+            raise ArgumentError(
+                "make_model is no function: give one that makes a network, as lambda: nn.Linear(64, 10)"
+            )
+        for name, prior in hyper.items():
+            if not isinstance(prior, LogPrior):
+                raise ArgumentError(
+                    f"hyper[{name!r}]={prior!r} is no prior: give a LogPrior, as LogPrior(-2, 1)"
+                )
         if replaced >= members and replaced:
             raise ArgumentError(f"replaced={replaced} must be below members={members}: someone has to stay")
         if not (mutation >= 0 and weight_noise >= 0):
@@ -247,8 +261,9 @@ class PopDescent:
     ) -> PopulationRun:
         """Train the population.
 
-        Repeats from its seed with any number of jobs; Ctrl-C ends it after the member in progress, with the last
-        whole round in hand, and a run that goes on from its checkpoint ends as one that was never stopped.
+        Repeats from its seed, with any number of jobs too where PyTorch has one thread (``torch.set_num_threads(1)``;
+        processes share the cores, and threads change the order of sums). Ctrl-C ends it after the member in progress,
+        with the last whole round in hand, and a run that goes on from its checkpoint ends as one that never stopped.
 
         Args:
             jobs: processes, through joblib; -1 uses every core. The data travel to each of them once a round. Networks
@@ -315,6 +330,12 @@ class PopDescent:
                 raise CheckpointError(
                     f"{str(checkpoint)!r} belongs to another search: it differs in {', '.join(wrong)}"
                 )
+            try:
+                self.job.model(state["members"][0]["model"])
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"{str(checkpoint)!r} belongs to a search of other networks: {error}"
+                ) from error
             return dict(state)
         generator = torch.Generator().manual_seed(self.seed)
         drawn = [{n: prior.draw(generator) for n, prior in self.hyper.items()} for _ in range(self.members)]
@@ -332,10 +353,11 @@ class PopDescent:
     def _settings(self) -> dict[str, Any]:
         names = ("members", "replaced", "rounds", "steps", "final_steps", "mutation", "weight_noise", "seed")
         priors = {name: repr(prior) for name, prior in self.hyper.items()}
-        parts = (*self.job.train, *self.job.validation)
+        parts, optimizer = (*self.job.train, *self.job.validation), self.job.optimizer
         shapes = [[*part.shape, float(part.double().sum())] for part in parts]
         return {n: getattr(self, n) for n in names} | {
             "hyper": priors,
+            "optimizer": optimizer if isinstance(optimizer, str) else getattr(optimizer, "__qualname__", ""),
             "batch_size": self.job.batch_size,
             "data": shapes,
         }

@@ -37,6 +37,10 @@ class Rounds:
         self._passed = 0
         self._iterator: Iterator[Any] = iter(())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the iterator: a copy reads up to its place."""
+        return vars(self) | {"_passed": 0, "_iterator": iter(())}
+
     def next(self, like: Tensor) -> Any:
         """The next pair (x, y), on the device of ``like`` and, from a data set, in its dtype."""
         if isinstance(self.batches, _Shuffled):

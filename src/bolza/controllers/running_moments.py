@@ -23,72 +23,18 @@ from torch import Tensor
 
 from bolza.controllers.controller import Controller
 from bolza.controllers.coordinates import Coordinates, Piece
+from bolza.controllers.entry_moments import observe_, slope
 from bolza.core.errors import ArgumentError, UnsupportedError
 
-__all__ = ["Form", "Granularity", "MomentsController", "at_most", "observe_", "positive_", "significant"]
+__all__ = ["Form", "Granularity", "MomentsController", "at_most", "numbers_of"]
 
 Granularity = Literal["coordinate", "layer", "global"]
 Form = Literal["denoised", "released"]
 
 
-def observe_(
-    rows: Sequence[Tensor],
-    g: Tensor,
-    x: Tensor,
-    count: int,
-    beta: tuple[float, float],
-    scratch: Sequence[Tensor],
-) -> Tensor:
-    """Take one gradient and position into the five rows (ḡ, x̄, s_g, s_x, s_gx) of every entry, in place.
-
-    Args:
-        rows: five vectors.
-        g: gradient, a vector.
-        x: position where it was taken, a vector.
-        count: number of this observation, from 1.
-        beta: (β_min, β_max).
-        scratch: four vectors to write on; the first is returned.
-
-    Returns:
-        w of every entry.
-    """
-    mean_g, mean_x, var_g, var_x, cov = rows[:5]
-    w, dg, dx, t = scratch[:4]
-    torch.mul(mean_g, mean_g, out=w)
-    torch.add(w, var_g, out=t).add_(torch.finfo(w.dtype).tiny)
-    w.div_(t).mul_(beta[1] - beta[0]).add_(1 - beta[1])
-    if count * (1 - beta[1]) < 1:
-        w.clamp_min_(1 / count)
-    torch.sub(g, mean_g, out=dg)
-    torch.sub(x, mean_x, out=dx)
-    torch.mul(w, dg, out=t)
-    mean_g.add_(t)
-    var_g.addcmul_(t, dg)
-    cov.addcmul_(t, dx)
-    torch.mul(w, dx, out=t)
-    mean_x.add_(t)
-    var_x.addcmul_(t, dx)
-    torch.neg(w, out=t).add_(1)
-    var_g.mul_(t)
-    var_x.mul_(t)
-    cov.mul_(t)
-    return w
-
-
-def significant(w: Tensor, curvature: Tensor, cov: Tensor, var_g: Tensor, z: float) -> Tensor:
-    """1 where the slope s_gx/s_x exceeds z of its standard errors, r²(n − 2 + z²) > z² with n = (2 − w)/w, else 0."""
-    n = torch.reciprocal(w).mul_(2).add_(z * z - 3)
-    return positive_(torch.mul(curvature, cov).div_(var_g).mul_(n).sub_(z * z))
-
-
-def positive_(x: Tensor) -> Tensor:
-    """1 where x > 0, else 0, in place: several times quicker than a comparison and a choice."""
-    return x.nan_to_num_(0.0).sign_().clamp_min_(0)
-
-
-def at_most(square: float, squares: Tensor) -> float:
+def at_most(square: float, squares: Sequence[float]) -> float:
     """Largest decrease that an update of that square norm can promise, ‖x' − x‖ ‖g‖, given the squares of g."""
-    return (square * float(squares.sum())) ** 0.5
+    return (square * sum(squares)) ** 0.5
 
 
 class MomentsController(Controller):
@@ -120,7 +66,10 @@ class MomentsController(Controller):
             raise ArgumentError(f"every={every} must be a positive whole number of steps")
         if form not in ("denoised", "released"):
             raise ArgumentError(f"form={form!r} is unknown: choose 'denoised' or 'released'")
-        super().__init__(optimizer, keep_update=not _plain(optimizer))
+        super().__init__(optimizer)
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            raise ArgumentError("maximize is set: the laws descend, so minimise minus the objective")
+        self._note_kind()
         self.form, self.lower_bound = form, lower_bound
         self._promise = 1.0  # decrease that an update promises, over lr ‖g‖²
         self.granularity, self.beta, self.z, self.every = granularity, (beta[0], beta[1]), z, int(every)
@@ -128,6 +77,15 @@ class MomentsController(Controller):
         self._room: Coordinates | None = None
         self._loaded: Any = None
         self._blocks: dict[str, list[float]] = {}
+        self._measured: dict[Tensor, float] = {}  # effective rates that no formula gives
+
+    def _note_kind(self) -> None:
+        # momentum or weight decay may be set later, as OneCycleLR does
+        self._keep = self._keep or not _plain(self.optimizer)
+
+    def _note(self) -> None:
+        self._note_kind()
+        super()._note()
 
     # ------------------------------------------------------------------------------- memory
 
@@ -202,7 +160,7 @@ class MomentsController(Controller):
 
     # ---------------------------------------------------------------------------- one step
 
-    def usable(self) -> tuple[list[Tensor], Tensor] | None:
+    def usable(self) -> tuple[list[Tensor], list[float]] | None:
         """Parameters with a gradient and the square norms of their gradients, unless these are not finite."""
         moving = self.moving
         grads = [p.grad for p in moving if p.grad is not None]
@@ -210,11 +168,24 @@ class MomentsController(Controller):
             return None
         if any(g.is_sparse for g in grads):
             raise UnsupportedError("a gradient is sparse: make the embedding with sparse=False")
-        norms = [n.to(grads[0].device, torch.float32) for n in torch._foreach_norm(grads)]
-        squares = torch.stack(norms).cpu().double().square()
-        return (moving, squares) if math.isfinite(float(squares.sum())) else None
+        squares = [n * n for n in numbers_of(torch._foreach_norm(grads))]
+        if not math.isfinite(sum(squares)):
+            return None
+        if self._keep and not isinstance(self.optimizer, torch.optim.SGD):
+            self._measure(moving, squares)
+        return moving, squares
 
-    def guard(self, loss: Any, squares: Tensor) -> float:
+    def _measure(self, moving: Sequence[Tensor], squares: Sequence[float]) -> None:
+        """Effective rates where the step has no formula here: ‖x' − x‖/‖g‖ √((1 + μ)/(1 − μ)), exact for white g."""
+        group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        for p, square in zip(moving, squares, strict=True):
+            group = group_of[p]
+            if square > 0 and self._root(group, p) is None:
+                mu = float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
+                made = float((p - self.before([p])[0]).float().norm())
+                self._measured[p] = made * ((1 + mu) / (1 - mu) / square) ** 0.5
+
+    def guard(self, loss: Any, squares: Sequence[float]) -> float:
         """Share of the update that promises no more than the loss that there is."""
         if loss is None or self.lower_bound is None:
             return 1.0
@@ -228,24 +199,98 @@ class MomentsController(Controller):
             )
             self.lower_bound = None
             return 1.0
-        promised = self._promise * float(self.optimizer.param_groups[0]["lr"]) * float(squares.sum())
+        rate = float(self.optimizer.param_groups[self.leader]["lr"])
+        promised = self._promise * rate * sum(squares)
         return min(1.0, left / promised) if promised > 0 and math.isfinite(left) else 1.0
 
-    def promised(self, decrease: float, squares: Tensor) -> None:
+    def promised(self, decrease: float, squares: Sequence[float]) -> None:
         """Note what an update promised to take off the loss."""
-        one = float(self.optimizer.param_groups[0]["lr"]) * float(squares.sum())
+        one = float(self.optimizer.param_groups[self.leader]["lr"]) * sum(squares)
         if one > 0 and math.isfinite(decrease):
             self._promise = decrease / one
 
     def views(self, piece: Piece, plain: bool, scratch: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient, parameters after and before the update of a piece."""
+        """Gradient, that of weight decay included, and parameters after and before the update of a piece."""
         parts = [p for p, *_ in piece.parts]
+        group = self.optimizer.param_groups[piece.group]
         g = self.room.gather(piece, [p.grad for p in parts if p.grad is not None], scratch[0])
         after = self.room.gather(piece, [p.detach() for p in parts], scratch[1])
         if plain:
-            lr = float(self.optimizer.param_groups[piece.group]["lr"])
-            return g, after, torch.add(after, g, alpha=lr, out=scratch[2])
-        return g, after, self.room.gather(piece, self.before(parts), scratch[2])
+            return g, after, torch.add(after, g, alpha=float(group["lr"]), out=scratch[2])
+        x, decay = (
+            self.room.gather(piece, self.before(parts), scratch[2]),
+            float(group.get("weight_decay", 0.0)),
+        )
+        if decay and group.get(
+            "decoupled_weight_decay"
+        ):  # shrinks x by lr · decay, whatever the effective rate
+            share: Any = self.piece_rates(piece)
+            g = torch.add(g, x / share, alpha=float(group["lr"]) * decay, out=scratch[0])
+        elif decay:
+            g = torch.add(g, x, alpha=decay, out=scratch[0])
+        return g, after, x
+
+    # ------------------------------------------------------------------------------ entries
+
+    #: row of what is controlled
+    controlled = 5
+
+    def move_(
+        self, rows: Sequence[Tensor], weight: Tensor, rate: float | Tensor, curvature: Tensor, scratch: Tensor
+    ) -> None:
+        """Move what is controlled in every entry towards its law by a share ``weight``, in place.
+
+        Args:
+            rows: the moments and the rows beside them.
+            weight: w, or 0 where the curvature is not significant.
+            rate: effective learning rates.
+            curvature: a, which may be overwritten.
+            scratch: a vector to write on.
+        """
+        raise NotImplementedError
+
+    def learn_entries(self, piece: Piece, g: Tensor, x: Tensor, scratch: Sequence[Tensor]) -> list[Tensor]:
+        """Take in one gradient and position of a piece, and move what is controlled.
+
+        Returns:
+            Number of entries with a significant curvature, and the sum of what is controlled.
+        """
+        rows, count = self.room.of(piece), self.room.counts[piece.parts[0][1]] + 1
+        w = observe_(rows, g, x, count, self.beta, scratch)
+        found = w.new_zeros(())
+        if count > 2:
+            curvature, sure = slope(rows, w, self.z, scratch[1:])
+            found = sure.sum()
+            self.move_(rows, w.mul_(sure), self.piece_rates(piece), curvature, scratch[3])
+        return [found, rows[self.controlled].sum()]
+
+    # ------------------------------------------------------------------------------- blocks
+
+    def law(self, loss: Tensor, noise: Tensor, rate: Tensor, curvature: Tensor) -> Tensor:
+        """What is wanted of blocks with these estimates."""
+        raise NotImplementedError
+
+    def learn_blocks(
+        self, name: str, moving: Sequence[Tensor], squares: Sequence[float], share: float = 1.0
+    ) -> list[float]:
+        """Take in one gradient and position, and move a number of the blocks towards the law.
+
+        Args:
+            name: of the number.
+            moving: parameters with a gradient.
+            squares: square norms of the gradients.
+            share: of the rates that the law is about, that the optimizer has now.
+
+        Returns:
+            As :meth:`observe_blocks`.
+        """
+        made = self.observe_blocks(moving, not self._keep)
+        rates, found = self.block_rates(moving, squares), self.significant_blocks()
+        loss, noise, curvature = self.estimates(found)
+        rate = torch.tensor([rates[i] / share for i in found], dtype=torch.float64)
+        self.move_blocks(name, found, self.law(loss, noise, rate, curvature))
+        self.room.saw(moving)
+        return made
 
     def block(self, piece: Piece) -> int:
         """Number of the block that a piece belongs to."""
@@ -277,8 +322,7 @@ class MomentsController(Controller):
             mean_g.add_(dg, alpha=b["w"][i])
             mean_x.add_(dx, alpha=b["w"][i])
             dots += [dg.dot(dg), dx.dot(dx), dg.dot(dx), mean_g.dot(mean_g)]
-        place, dtype = room.rows[0].device, room.rows[0].dtype
-        told = torch.stack(dots if len(room.rows) == 1 else [t.to(place, dtype) for t in dots]).tolist()
+        told = numbers_of(dots)
         sums = [[0.0] * 5 for _ in b["w"]]
         for k, i in enumerate(where):
             sums[i] = [old + new for old, new in zip(sums[i], told[5 * k : 5 * k + 5], strict=True)]
@@ -320,10 +364,10 @@ class MomentsController(Controller):
         self.numbers[next(iter(self.numbers))] = sum(used) / len(used)
         self.numbers["significant"] = len(blocks) / len(used)
 
-    def block_rates(self, moving: Sequence[Tensor], squares: Tensor) -> list[float]:
+    def block_rates(self, moving: Sequence[Tensor], squares: Sequence[float]) -> list[float]:
         """Effective learning rate of every block, the root mean square weighted with the gradient."""
         total, rated = [[0.0] * len(self._blocks["w"]) for _ in range(2)]
-        for p, square in zip(moving, squares.tolist(), strict=True):
+        for p, square in zip(moving, squares, strict=True):
             index = self.room.index[p]
             rate = self.rate(self.optimizer.param_groups[self.room.place[index][2]], p)
             at = 0 if self.granularity == "global" else index
@@ -334,16 +378,28 @@ class MomentsController(Controller):
         return [(a / b) ** 0.5 if b > 0 else 1.0 for a, b in zip(rated, total, strict=True)]
 
     def rate(self, group: Mapping[str, Any], p: Tensor) -> float | Tensor:
-        """Effective learning rate of a parameter: η, η/(1 − μ) with momentum, η/(√v̂ + ε) of an Adam."""
-        lr, state = float(group["lr"]), self.optimizer.state.get(p, {})
+        """Effective learning rate of a parameter: η, η/(1 − μ) with momentum, η/(√v̂ + ε) of an Adam or RMSprop."""
+        lr, root = float(group["lr"]), self._root(group, p)
+        mu = float(group.get("momentum", 0.0))
+        if root is None and p in self._measured:
+            return self._measured[p]
+        lr *= (1 - float(group.get("dampening", 0.0) if mu else 0.0)) / (1 - mu)
+        return lr if root is None else lr / root
+
+    def _root(self, group: Mapping[str, Any], p: Tensor) -> Tensor | None:
+        """√v̂ + ε, what an Adam or RMSprop divides by."""
+        state = self.optimizer.state.get(p, {})
         if "exp_avg_sq" in state:
+            square = state["exp_avg_sq"] if "max_exp_avg_sq" not in state else state["max_exp_avg_sq"]
             beta2 = float(group["betas"][1]) if "betas" in group else 0.0
-            steps = float(state.get("step", 1))
-            scale = 1 - beta2**steps if beta2 else 1.0
-            return lr / (state["exp_avg_sq"] / scale).sqrt().add_(float(group.get("eps", 1e-8)))
-        if "momentum" in group:
-            return lr * (1 - float(group.get("dampening", 0.0))) / (1 - float(group["momentum"]))
-        return lr
+            scale = 1 - beta2 ** float(state.get("step", 1)) if beta2 else 1.0
+        elif "square_avg" in state and "alpha" in group:
+            square, scale = state["square_avg"], 1.0
+            if group.get("centered"):
+                square = (square - state["grad_avg"].square()).clamp_min_(0)
+        else:
+            return None
+        return (square / scale).sqrt().add_(float(group.get("eps", 1e-8)))
 
     def piece_rates(self, piece: Piece) -> float | Tensor:
         """Effective learning rates of a piece: a number where all are equal."""
@@ -356,6 +412,15 @@ class MomentsController(Controller):
             for r, (p, *_) in zip(rates, piece.parts, strict=True)
         ]
         return self.room.gather(piece, full)
+
+
+def numbers_of(scalars: Sequence[Tensor]) -> list[float]:
+    """Values of tensors of one element, in one transfer where they are of one device and dtype."""
+    kinds = {(t.device, t.dtype) for t in scalars}
+    if len(kinds) > 1:
+        scalars = [t.to(scalars[0].device, torch.float64) for t in scalars]
+    found: list[float] = torch.stack(list(scalars)).tolist()
+    return found
 
 
 def _plain(optimizer: torch.optim.Optimizer) -> bool:

@@ -95,8 +95,10 @@ class SetPoint:
             raise ArgumentError(
                 f"pid={pid!r} is no law: give a bolza.controllers.PID, for example PID(ki=0.01)"
             )
-        if average < 1:
-            raise ArgumentError(f"average={average} must be at least 1 measurement")
+        if not isinstance(average, int) or average < 1:
+            raise ArgumentError(f"average={average!r} must be a whole number of measurements, at least 1")
+        if initial is not None and not bool(torch.isfinite(torch.as_tensor(initial)).all()):
+            raise ArgumentError(f"initial={initial!r} must be finite: the weight starts from it")
         if exponential and initial is not None and not bool((torch.as_tensor(initial) > 0).all()):
             raise ArgumentError(f"initial={initial!r} must be positive: the law moves its logarithm")
         if not callable(target) and not bool(torch.isfinite(torch.as_tensor(target)).all()):
@@ -134,7 +136,7 @@ class SetPoint:
 
         Raises:
             ShapeError: the measurement does not have the shape of the loops before it.
-            ArgumentError: the error is relative to a set-point of zero.
+            ArgumentError: the set-point is not finite, or it is zero and the error relative to it.
         """
         reading = self._finite(measurement)
         self.count += 1
@@ -164,9 +166,7 @@ class SetPoint:
         """
         pid = replace(self.pid, **settings)
         self.pid = _bounded(pid) if self.exponential else pid
-        if self._recent:
-            y, error = self._error(None)
-            self.state = self.pid.resume(self.state, self.state["output"], error, self._signal(y))
+        self._go_on_from(self.state["output"])
 
     def resume(self, value: Number) -> None:
         """Go on from a weight that was set by hand.
@@ -174,12 +174,7 @@ class SetPoint:
         Args:
             value: the weight that was in force meanwhile.
         """
-        output = _log(value) if self.exponential else value
-        if not self._recent:
-            self.state = self.pid.init(output)
-            return
-        y, error = self._error(None)
-        self.state = self.pid.resume(self.state, output, error, self._signal(y))
+        self._go_on_from(_log(value) if self.exponential else value)
 
     def log(self) -> dict[str, float]:
         """Weight, last measurement, set-point and integral; ``name[i]`` where there are several loops."""
@@ -212,20 +207,28 @@ class SetPoint:
             self.target = kept["target"]
         self.history.load_state_dict(kept["history"])
 
+    def _go_on_from(self, output: Number) -> None:
+        if not self._recent:
+            self.state = self.pid.init(output)
+            return
+        y, error = self._error(None)
+        self.state = self.pid.resume(self.state, output, error, self._signal(y))
+
     def _finite(self, measurement: Number) -> Number | None:
         """The measurement with its holes filled by the last one; None if there is nothing to fill them with."""
         last = self._recent[-1] if self._recent else None
+        shape, before = (tuple(v.shape) if isinstance(v, Tensor) else () for v in (measurement, last))
+        if last is not None and shape != before:
+            raise ShapeError(
+                f"measurement has shape {shape}, but the loops so far have {before}: give one entry a loop, always "
+                "the same loops"
+            )
         if not isinstance(measurement, Tensor) or measurement.ndim == 0:
             y = float(measurement.detach() if isinstance(measurement, Tensor) else measurement)
             return y if math.isfinite(y) else last
         y_t = measurement.detach()
         if y_t.dtype in (torch.float16, torch.bfloat16):
             y_t = y_t.float()  # an integral of small steps does not fit into half precision
-        if isinstance(last, Tensor) and last.shape != y_t.shape:
-            raise ShapeError(
-                f"measurement has shape {tuple(y_t.shape)}, but the loops so far have {tuple(last.shape)}: "
-                "give one entry a loop, always the same loops"
-            )
         last = last.to(y_t.device) if isinstance(last, Tensor) else last
         good = y_t.isfinite()
         if bool(good.all()):
@@ -240,6 +243,10 @@ class SetPoint:
         r = self.target
         if callable(r):
             r = r(self.count if reading is None else self.count - 1)
+        if not bool(torch.isfinite(torch.as_tensor(r)).all()):
+            raise ArgumentError(
+                f"target={r!r} at step {self.count} must be finite: the integral would remember it"
+            )
         if isinstance(r, Tensor) and isinstance(y, Tensor):
             r = r.to(y)
         self._seen = (self._recent[-1], r)

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from bolza.core.errors import ArgumentError, DataError, DivergenceError
+from bolza.data import AdjustableBatchSampler
+from bolza.data.weighted import WeightedBatchSampler
 from bolza.ops.batches import Data, Loss, batches_of, count_samples, read
 from bolza.ops.replay import same_randomness
-from bolza.ops.sample_losses import sample_losses
+from bolza.ops.sample_losses import sample_losses, without_reduction
 from bolza.ops.trees import Tree, float_leaves, tree_map, with_float_leaves
 from bolza.systems.training import UpdateRule
 
@@ -25,7 +28,9 @@ __all__ = [
     "WeightedRun",
     "batches_of_steps",
     "joined",
+    "one_number_each",
     "outputs_of",
+    "refuse_shuffled",
     "slopes_of",
 ]
 
@@ -187,6 +192,36 @@ def outputs_of(model: nn.Module, params: dict[str, Tensor], x: Any) -> Any:
     return functional_call(model, params, args, kwargs)
 
 
+def one_number_each(loss: Loss, out: Any, y: Any, n: int) -> Loss:
+    """The loss as one number an example; refused where its value for a batch is not the mean of theirs."""
+    each = without_reduction(loss, out, y, n)
+    value = loss(out, y)
+    if isinstance(value, Tensor) and not value.ndim:
+        mean = sample_losses(each, out, y, n).mean()
+        tol = {torch.float64: 1e-8, torch.float32: 1e-3}.get(value.dtype, 3e-2)
+        if bool(value.isfinite()) and not torch.allclose(value, mean, rtol=tol, atol=tol):
+            raise ArgumentError(
+                f"the loss of {n} examples is {float(value):g}, but the mean of their losses {float(mean):g}: a sum, "
+                "or a mean with class weights, has no share for each; give one number an example, for example "
+                "CrossEntropyLoss(weight=..., reduction='none')"
+            )
+    return each
+
+
+def refuse_shuffled(data: Data, name: str) -> None:
+    """Examples that come in another order every time cannot be told apart by their place."""
+    if not isinstance(data, DataLoader):
+        return
+    drawn = RandomSampler, SubsetRandomSampler, WeightedRandomSampler, WeightedBatchSampler
+    own = data.batch_sampler
+    shuffles = isinstance(own, AdjustableBatchSampler) and own.shuffle
+    if shuffles or isinstance(own, drawn) or isinstance(data.sampler, drawn):
+        raise DataError(
+            f"{name} is a loader that shuffles, so that no score could be given to its example: use "
+            "DataLoader(..., shuffle=False), or a pair (x, y)"
+        )
+
+
 def joined(data: Data, device: torch.device, name: str) -> tuple[Any, Any]:
     """All batches of a source as one pair on the device."""
     parts = list(read(batches_of(data), device))
@@ -221,7 +256,15 @@ def batches_of_steps(
                 f"batches has {len(batches)} entries and batch_size={batch_size}: give one tensor of indices for each "
                 f"of the {steps} steps, and no batch_size"
             )
-        return tuple(torch.as_tensor(index, device=device) for index in batches)
+        chosen = tuple(torch.as_tensor(index, device=device) for index in batches)
+        for t, index in enumerate(chosen):
+            whole_numbers = index.dtype in (torch.int32, torch.int64) and index.ndim == 1 and len(index)
+            if not whole_numbers or int(index.min()) < 0 or int(index.max()) >= n:
+                raise ArgumentError(
+                    f"batches[{t}] must hold places in the pool, whole numbers from 0 to {n - 1}, at least one; it is "
+                    f"{index.dtype} of shape {tuple(index.shape)}"
+                )
+        return chosen
     if batch_size is None:
         return (torch.arange(n, device=device),) * steps
     if not 1 <= batch_size <= n:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from bolza.core.errors import ArgumentError
+from bolza.core.errors import ArgumentError, DataError
 
 __all__ = ["AdjustableBatchSampler"]
 
@@ -31,6 +31,7 @@ class AdjustableBatchSampler(Sampler[list[int]]):
 
     Attributes:
         batch_size: size of the next batch; set it.
+        drawn_size: samples in the batch drawn last, fewer at the end of an epoch; 0 before the first.
         epoch: epochs begun.
 
     Raises:
@@ -95,6 +96,11 @@ class AdjustableBatchSampler(Sampler[list[int]]):
                     "a second pass over the sampler has begun before the first one ended: give each loop its own"
                 )
 
+    @property
+    def drawn_size(self) -> int:
+        """Samples in the batch drawn last."""
+        return self._cuts[-1] - self._cuts[-2] if len(self._cuts) > 1 else 0
+
     def __len__(self) -> int:
         """Batches of a whole epoch at the present size."""
         whole, rest = divmod(self.samples, self._size)
@@ -116,10 +122,15 @@ class AdjustableBatchSampler(Sampler[list[int]]):
             "epoch": self.epoch,
             "position": self._cuts[count] if self._cuts else 0,
             "batch_size": self._size,
+            "samples": self.samples,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken: the next pass is the rest of that epoch, if any is left."""
+        if state.get("samples", self.samples) != self.samples:
+            raise DataError(
+                f"the state is of {state['samples']} samples, but there are {self.samples}: give the same data"
+            )
         self._generator.set_state(state["generator"].cpu())
         self.epoch, self.batch_size = state["epoch"], state["batch_size"]
         self._before = self._generator.get_state()

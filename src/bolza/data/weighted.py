@@ -115,7 +115,7 @@ class WeightedBatchSampler(Sampler[list[int]]):
     ) -> None:
         self._weights: Tensor = _checked(weights)
         self.draws = len(self._weights) if draws is None else draws
-        if not 1 <= batch_size <= self.draws:
+        if not batch_size <= self.draws:
             raise ArgumentError(
                 f"batch_size={batch_size} must lie between 1 and the {self.draws} draws of an epoch"
             )
@@ -123,7 +123,19 @@ class WeightedBatchSampler(Sampler[list[int]]):
         self._generator = torch.Generator().manual_seed(seed)
         self._before = self._generator.get_state()  # at the start of the epoch that is under way
         self._epoch, self._position = self._weights, 0
+        self._pass = 0
         self.goes_on = False
+
+    @property
+    def batch_size(self) -> int:
+        """Draws in a batch; settable between epochs."""
+        return self._size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        if isinstance(value, bool) or int(value) != value or value < 1:
+            raise ArgumentError(f"batch_size={value!r} must be a positive whole number")
+        self._size = int(value)
 
     @property
     def weights(self) -> Tensor:
@@ -147,6 +159,8 @@ class WeightedBatchSampler(Sampler[list[int]]):
         if not self.goes_on:
             self._before, self._epoch, self._position = self._generator.get_state(), self._weights, 0
         self.goes_on = False
+        self._pass += 1
+        this = self._pass
         self._generator.set_state(self._before)
         counts = systematic_counts(self._epoch, self.draws, self._generator)
         chosen = torch.arange(len(counts)).repeat_interleave(counts)
@@ -155,6 +169,10 @@ class WeightedBatchSampler(Sampler[list[int]]):
         while self._position < len(parts):
             self._position += 1
             yield parts[self._position - 1].tolist()
+            if this != self._pass:
+                raise ArgumentError(
+                    "a second pass over the batches has begun before the first one ended: give each loop its own"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as tensors and numbers."""
@@ -170,6 +188,11 @@ class WeightedBatchSampler(Sampler[list[int]]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
+        if len(state["weights"]) != len(self._weights):
+            raise ShapeError(
+                f"the state is of {len(state['weights'])} examples, but there are {len(self._weights)}: give the same "
+                "data"
+            )
         self._weights, self.draws, self.batch_size = state["weights"], state["draws"], state["batch_size"]
         self._generator.set_state(state["generator"])
         self._before, self._epoch, self._position = state["before"], state["epoch"], state["position"]
@@ -223,7 +246,7 @@ class WeightedBatches:
         self.how = how
         self._sampler = WeightedBatchSampler(_checked(weights), batch_size, draws=len(weights), seed=seed)
         self.weights = weights
-        self._taken = weights  # of the epoch that is under way
+        self._taken = self._given  # of the epoch that is under way
 
     @property
     def weights(self) -> Tensor:
@@ -234,7 +257,7 @@ class WeightedBatches:
     def weights(self, value: Tensor) -> None:
         if len(_checked(value)) != len(self.x):
             raise ShapeError(f"weights has {len(value)} entries for {len(self.x)} examples")
-        self._given = value
+        self._given = torch.as_tensor(value).detach().clone()  # the caller may go on changing his
 
     @property
     def batch_size(self) -> int:
@@ -243,8 +266,6 @@ class WeightedBatches:
 
     @batch_size.setter
     def batch_size(self, value: int) -> None:
-        if value < 1:
-            raise ArgumentError(f"batch_size={value} must be at least 1")
         self._sampler.batch_size = value
 
     def __len__(self) -> int:

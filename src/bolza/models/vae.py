@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bolza.core.errors import ArgumentError, ShapeError
+from bolza.core.errors import ArgumentError, DataError, ShapeError
 from bolza.core.reference import Reference, cites
 from bolza.models.mlp import activation_module, positive
 
@@ -91,6 +91,8 @@ class VAE(nn.Module):
         >>> (reconstruction + 0.5 * kl).backward()
     """
 
+    _looked = False
+
     def __init__(self, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood = "bernoulli") -> None:
         super().__init__()
         if likelihood not in ("bernoulli", "gaussian"):
@@ -135,7 +137,10 @@ class VAE(nn.Module):
 
         Raises:
             ShapeError: the decoder does not give as many entries a sample as the input has.
+            DataError: an input of the first batch lies outside [0, 1], where a Bernoulli likelihood is none.
         """
+        if self.likelihood == "bernoulli" and not self._looked:
+            self._look_at(x)
         code = self(x, noise)
         if code.decoded.numel() != x.numel():
             raise ShapeError(
@@ -148,6 +153,17 @@ class VAE(nn.Module):
         else:
             total = 0.5 * (x - decoded).square().sum()
         return total / x.shape[0], gaussian_kl(code.mean, code.log_variance).sum(1).mean()
+
+    def _look_at(self, x: Tensor) -> None:
+        """Refuse inputs that are no probabilities; once, as the answer is waited for on a GPU."""
+        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return
+        if not bool(((x >= 0) & (x <= 1)).all()):
+            raise DataError(
+                f"inputs lie between {float(x.min()):g} and {float(x.max()):g}: a Bernoulli likelihood needs [0, 1]; "
+                "rescale them, or use likelihood='gaussian'"
+            )
+        self._looked = True
 
 
 class _FreeVariance(nn.Module):

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from bolza.ops.batches import (
     Batch,
@@ -50,16 +51,25 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class _Stamp:
-    """What tells parameters from changed ones: versions, and norms, since fused optimizers count no version."""
+    """What tells a state from a changed one: versions, and norms, since fused optimizers count no version.
 
-    versions: tuple[int, ...]
+    Layers count with their mode, and in evaluation, where it matters, with what they remember.
+    """
+
+    versions: tuple[Any, ...]
     norms: Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(cls, leaves: Sequence[Tensor]) -> _Stamp:
+    def of(cls, leaves: Sequence[Tensor], model: nn.Module | None = None, batch: Any = None) -> _Stamp:
         norms = [n.to(leaves[0]) for n in torch._foreach_norm(list(leaves))]
-        return cls(tuple(p._version for p in leaves), torch.stack(norms))
+        versions: list[Any] = [p._version for p in leaves]
+        for layer in model.modules() if model is not None else ():
+            versions.append(layer.training)
+            if not layer.training:
+                versions += [b._version for b in layer._buffers.values() if b is not None]
+        versions += [x._version for x in _pytree.tree_leaves(batch) if isinstance(x, Tensor)]
+        return cls(tuple(versions), torch.stack(norms))
 
     def same(self, other: _Stamp) -> bool:
         return self.versions == other.versions and torch.equal(self.norms, other.norms)
@@ -139,12 +149,13 @@ class _Objective:
             yield
 
     def product(self, v: Tensor) -> Tensor:
-        stamp = _Stamp.of(self.leaves)
+        only = self.batches[0] if isinstance(self.batches, Sequence) and len(self.batches) == 1 else None
+        single = only is not None
+        stamp = _Stamp.of(self.leaves, self.model, only)
         if self.kept is not None and self.stamp is not None and self.stamp.same(stamp):
             with torch.enable_grad(), _second_derivatives(self.task):
                 return self.kept(v)
         self.kept = None
-        single = isinstance(self.batches, Sequence) and len(self.batches) == 1
         total, weight_sum = torch.zeros_like(v), 0
         for index, batch in enumerate(read(self.batches, self.device)):
             weight = count_samples(batch[0]) if self.reduction == "mean" and not single else 1

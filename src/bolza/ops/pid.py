@@ -116,14 +116,14 @@ class PID:
         for name in ("smooth_p", "smooth_d"):
             if not 0 <= getattr(self, name) < 1:
                 raise ArgumentError(f"{name}={getattr(self, name)!r} must lie in [0, 1); 0 does not smooth")
-        if self.delay < 1:
-            raise ArgumentError(f"delay={self.delay!r} must be at least 1 step")
+        if not isinstance(self.delay, int) or self.delay < 1:
+            raise ArgumentError(f"delay={self.delay!r} must be a whole number of steps, at least 1")
 
     def init(self, output: Number | None = None) -> State:
         """State before the first step.
 
         Args:
-            output: output to start from at zero error; ``bias`` by default.
+            output: output to start from at zero error, brought between the limits; ``bias`` by default.
 
         Returns:
             A dictionary of plain data.
@@ -132,7 +132,7 @@ class PID:
             >>> PID(ki=0.1, bias=1.0).init(3.0)["integral"]
             2.0
         """
-        start = self.bias if output is None else _plain(output)
+        start = _clip(self.bias if output is None else _plain(output), self.low, self.high)
         memory = start if self.form == "incremental" else start - self.bias
         return {"step": 0, "integral": memory, "p": None, "d": 0.0, "past": [], "output": start}
 
@@ -141,7 +141,8 @@ class PID:
 
         Args:
             state: of :meth:`init` or of the last call; it is left as it is.
-            error: e, positive where the output has to rise; number or tensor, detached.
+            error: e, positive where the output has to rise; number or tensor, detached; finite, as the integral
+                remembers what is not (:class:`bolza.controllers.SetPoint` leaves it out).
             signal: what the derivative is taken of, e by default. The measurement itself spares the derivative the
                 jumps of the set-point.
 
@@ -177,7 +178,7 @@ class PID:
 
         Args:
             state: the state so far.
-            output: output in force now.
+            output: output in force now, brought between the limits: what lies beyond would have to be unwound.
             error: the present error.
             signal: as in :meth:`update`.
 
@@ -190,7 +191,7 @@ class PID:
             >>> round(stronger.update(state, 2.0)[1], 12)
             1.2
         """
-        e, u = _plain(error) / self.scale, _plain(output)
+        e, u = _plain(error) / self.scale, _clip(_plain(output), self.low, self.high)
         p = self._shaped(e)
         y = e if signal is None else _plain(signal) / self.scale
         memory = u if self.form == "incremental" else u - self.bias - self.kp * p

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "check_seed",
     "count_steps",
     "make_controller",
+    "stepping",
     "usable_device",
     "user_call",
 ]
@@ -133,6 +135,21 @@ def make_controller(
             + ("bolza.controllers.make or a torch scheduler" if name == "controller" else "bolza.Watch")
         )
     return controller(optimizer, steps)
+
+
+@contextmanager
+def stepping(role: str, one: Any, step: int) -> Iterator[None]:
+    """Name the controller or callback whose step or log raises, and the step."""
+    try:
+        yield
+    except (BolzaError, MemoryError):
+        raise
+    except Exception as error:
+        text = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+        raise UserCodeError(
+            f"the {role} {type(one).__name__} raised {type(error).__name__} at step {step}: {text}; it is called as "
+            "step(loss=…) after every update, and what its log() gives must be numbers"
+        ) from error
 
 
 def user_call(what: str, call: Callable[[], Any], x: Tensor, step: int = 0) -> Any:

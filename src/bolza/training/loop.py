@@ -24,6 +24,7 @@ from bolza.training.checks import (
     check_seed,
     count_steps,
     make_controller,
+    stepping,
     usable_device,
     user_call,
 )
@@ -212,10 +213,8 @@ class _Loop:
         self.controls = ControlRecord(optimizer, order, controller)
         self.samples: int | None = None  # asked for, where the length is not given in steps
         self.loss_sum, self.right, self.seen, self.since = 0.0, 0, 0, 0
-        self.latest: dict[str, float] = {}
-        self.good: dict[str, Tensor] = {}
-        self.checked = False
-        self.between_steps = True
+        self.latest, self.good = dict[str, float](), dict[str, Tensor]()
+        self.checked, self.between_steps = False, True
 
     # ------------------------------------------------------------------------------- the loop
 
@@ -264,10 +263,12 @@ class _Loop:
         self.loss_sum += value
         self.since += 1
         self.latest["loss"] = value
-        self._control(value)
-        self.controls.after(self.run.step, self.run)
+        with stepping("controller", self.controller, self.run.step):
+            self._control(value)
+            self.controls.after(self.run.step, self.run)
         if self.callback is not None:
-            self.callback.step(loss=value)
+            with stepping("callback", self.callback, self.run.step):
+                self.callback.step(loss=value)
         self.between_steps = True
 
     def _evaluate_closure(self, x: Tensor, y: Tensor, values: list[float]) -> float:
@@ -309,10 +310,10 @@ class _Loop:
     def _control(self, value: float) -> None:
         if self.controller is None:
             return
-        size = self.order.batch_size
-        if isinstance(self.controller, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        size, schedulers = self.order.batch_size, torch.optim.lr_scheduler
+        if isinstance(self.controller, schedulers.ReduceLROnPlateau):
             self.controller.step(value)
-        elif isinstance(self.controller, torch.optim.lr_scheduler.LRScheduler):
+        elif isinstance(self.controller, schedulers.LRScheduler):
             self.controller.step()
         else:
             self.controller.step(loss=value)
