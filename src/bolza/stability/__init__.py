@@ -1,13 +1,17 @@
-"""Lyapunov exponents of networks over layers, time and training steps; synchronisation; certified optimizers."""
+"""Lyapunov exponents, synchronisation, certified optimizers; Lipschitz constants, interval bounds, contraction."""
 
+from bolza.stability.certified import CertifiedRadius, certified_radius
+from bolza.stability.contraction import ContractionRate, contraction_rate
 from bolza.stability.curvature import (
     CurvatureExponent,
     TwinCurvature,
     curvature_exponent,
     twin_operator,
 )
+from bolza.stability.interval import IntervalBounds, interval_bounds
 from bolza.stability.landscape import Sharpness, SharpnessPoint, subspace_share
 from bolza.stability.limits import stability_limit
+from bolza.stability.lipschitz import LipschitzBound, LipschitzPart, lipschitz
 from bolza.stability.lure import (
     FeedbackOptimization,
     FirstOrderMethod,
@@ -31,9 +35,14 @@ from bolza.stability.synchronize import (
 )
 
 __all__ = [
+    "CertifiedRadius",
+    "ContractionRate",
     "CurvatureExponent",
     "FeedbackOptimization",
     "FirstOrderMethod",
+    "IntervalBounds",
+    "LipschitzBound",
+    "LipschitzPart",
     "LyapunovSpectrum",
     "MultilayerExponents",
     "MutualNeighbours",
@@ -43,14 +52,18 @@ __all__ = [
     "SharpnessPoint",
     "Subspace",
     "TwinCurvature",
+    "certified_radius",
     "certified_rate",
     "conditional_exponent",
+    "contraction_rate",
     "curvature_exponent",
     "drive",
     "first_order_method",
     "ftmle",
     "gradient_descent",
     "heavy_ball",
+    "interval_bounds",
+    "lipschitz",
     "lyapunov_exponents",
     "mutual_false_neighbours",
     "nesterov",
