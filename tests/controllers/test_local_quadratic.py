@@ -89,6 +89,15 @@ def test_a_plan_keeps_the_rate_up_where_the_gradient_is_sure_and_anneals_where_t
     assert lost.plan(**settings).rates[0] < 0.05
 
 
+def test_a_way_down_that_slows_is_one_over_time():
+    one = torch.tensor([10.0, 1.0], dtype=F)  # the gradient lies along the flatter one, as deep as the loss
+    seen = LocalModel(one, torch.tensor([0.0, 2.0], dtype=F), torch.zeros(2, dtype=F), 2.0, 32, 0.0, 0.2, 1)
+    plan = seen.plan(200, 8, 0.01, pieces=4, slowing=True)
+    assert plan.rates.tolist() == pytest.approx([0.01] * 4)
+    time = 2 * 0.01 * torch.arange(0, 201, 50, dtype=F)
+    torch.testing.assert_close(plan.losses / plan.losses[0], 1 / (1 + time), rtol=0.05, atol=0)
+
+
 def test_data_of_every_kind_become_one_pair():
     x, y = torch.arange(6.0)[:, None], torch.arange(6)
     assert pool_of((x, y), 2)[0] is x

@@ -104,6 +104,30 @@ def test_rates_stay_below_their_share_of_the_limit_and_rise_by_the_growth_at_mos
     assert float(schedule.plan.rates.max()) <= 0.3 * 2 + 1e-12
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_starts_no_faster_than_plain_descent_may_and_then_grows(nesterov):
+    net, y = Place(2), torch.zeros(64, 2, dtype=F)
+    sgd = torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9, nesterov=nesterov)
+    schedule = OptimalSchedule(sgd, net, half_square, (y, y), steps=50, batch_size=8, every=1, pieces=2)
+    first = sgd.param_groups[0]["lr"]
+    assert 0.01 < first / (1 - 0.9) <= 0.5 * 0.5 * 2 + 1e-9  # half of safety · 2/λ
+    schedule.step()
+    assert sgd.param_groups[0]["lr"] > 1.5 * first
+
+
+def test_a_preconditioner_is_measured_once_it_has_seen_some_gradients():
+    net, y = Place(2), torch.zeros(64, 2, dtype=F)
+    adam = torch.optim.Adam(net.parameters(), lr=1e-3)
+    schedule = OptimalSchedule(adam, net, half_square, (y, y), steps=100, batch_size=8, every=50, pieces=2)
+    for step in range(1, 11):
+        adam.zero_grad()
+        half_square(net(y), y).backward()
+        adam.step()
+        schedule.step()
+        assert (schedule.plan is not None) == (step == 10)
+        assert (adam.param_groups[0]["lr"] == 1e-3) == (step < 10)
+
+
 def test_a_rising_loss_halves_the_rate_until_the_next_measurement():
     net, y = Place(2), torch.zeros(64, 2, dtype=F)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -39,6 +39,7 @@ _FLAT = 1e-6  # curvature below this share of the largest counts as this share
 _QUIET = 0.03  # least share of the present noise that a plan counts on
 _FLATTER = 0.3  # least curvature of the way down, as a share of that of now
 _CERTAIN = 0.1  # share of the measured gradient that is kept where its noise would explain all of it
+_NODES, _SHARE = 6, 1e-3  # of the mixture that slows a mode down, and the least share of one that is kept
 SPREAD_COST = 3  # gradients of a directional curvature
 
 
@@ -67,7 +68,14 @@ class LocalModel:
     sample_gradients: int
 
     def plan(
-        self, steps: int, batch_size: int, lr_max: float, momentum: float = 0.0, pieces: int = 20
+        self,
+        steps: int,
+        batch_size: int,
+        lr_max: float,
+        momentum: float = 0.0,
+        pieces: int = 20,
+        *,
+        slowing: bool = False,
     ) -> RatePlan:
         """Rates of the remaining steps.
 
@@ -75,6 +83,10 @@ class LocalModel:
         is zero: where the quadratic has its bottom higher, the way down is flatter by that ratio, but by three at most,
         for where labels are noisy the bottom is not at zero. And noise falls along with the loss: a first plan has the
         noise of now, the second one scales it, piece by piece, by the loss that the first one leaves.
+
+        A quadratic of a few modes comes down exponentially, a network does not. With ``slowing`` each mode comes down
+        like 1/(1 + 2λ Σ η), at first as fast as it would anyway: for optimizers that soon go farther than there were
+        products, by momentum or a preconditioner.
         """
         curved = self.curvature.abs()
         curved = curved.clamp_min(_FLAT * float(curved.max()))
@@ -82,9 +94,12 @@ class LocalModel:
         sure = sure.maximum(_CERTAIN * self.slope.square())
         depth = float((sure / curved).sum()) / 2
         way = curved * min(1.0, max(_FLATTER, depth / self.loss) if self.loss > 0 else 1.0)
+        offset = sure.sqrt() / way
+        if slowing:
+            way, offset = _slowed(way, offset, float(curved.max()))
         # the mean goes its own way, noise has the curvature of now: second moments add up
         modes = torch.cat([way, curved])
-        offset = torch.cat([sure.sqrt() / way, torch.zeros_like(way)])
+        offset = torch.cat([offset, torch.zeros_like(curved)])
         noise = torch.cat([torch.zeros_like(way), self.noise / batch_size])
         settings: dict[str, Any] = {"steps": steps, "lr_max": lr_max, "momentum": momentum}
         first = plan_rates(modes, noise, offset, pieces=pieces, iterations=15, **settings)
@@ -97,6 +112,17 @@ class LocalModel:
         return plan_rates(
             modes, falling, offset, pieces=lengths, start=first.rates, iterations=30, **settings
         )
+
+
+def _slowed(curvature: Tensor, offset: Tensor, top: float) -> tuple[Tensor, Tensor]:
+    """Modes whose loss falls like 1/(1 + 2λt): of the curvatures sλ, with the shares e^{-s} ds, where e^{-2λt} was."""
+    import numpy as np
+
+    nodes, shares = (torch.from_numpy(part) for part in np.polynomial.laguerre.laggauss(_NODES))
+    nodes, shares = nodes[shares > _SHARE], shares[shares > _SHARE] / shares[shares > _SHARE].sum()
+    spread = (nodes[:, None] * curvature).clamp_max(top)
+    found = (shares[:, None] * curvature / spread).sqrt() * offset
+    return spread.flatten(), found.flatten()
 
 
 @cites(LI)

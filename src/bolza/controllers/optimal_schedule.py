@@ -30,6 +30,8 @@ __all__ = ["OptimalSchedule"]
 _SLOW, _FAST = 0.05, 0.2  # weights of a new loss in its two moving means
 _WORSE = 2.0  # quick mean over its value at the measurement from which on the plan is mistrusted
 _LEAST_SHARE = 0.1  # of the planned rate
+_START = 0.5  # with momentum, the first rates as a share of those at which plain descent would go as fast
+_WARMUP = 10  # steps until a preconditioner is measured
 _FEWEST, _LEAST_K = 3, 4  # measurements of a run, for which products are saved, down to so many
 
 
@@ -63,7 +65,9 @@ class OptimalSchedule(Controller):
     square; a new plan may exceed the present rate by ``growth`` at most; measurements are dense early in the run, where
     curvature moves, at steps that grow as k²; and where the loss that is passed to ``step`` rises to twice what it
     was around the measurement, the rate is halved until the next one. Directions of negative curvature count as
-    flat ones of the same size.
+    flat ones of the same size. With momentum or a preconditioner, which go farther in as many steps, the loss is
+    expected to fall like one over time instead of exponentially, and with momentum the first rates are at most half of
+    those at which plain descent would go as fast. The velocity at a new plan is not part of it: it starts from rest.
 
     Args:
         optimizer: ``torch.optim.SGD`` with any options, ``Adam``, ``AdamW`` or ``RMSprop``.
@@ -162,7 +166,8 @@ class OptimalSchedule(Controller):
         self.seen_loss: float | None = None
         self.sample_gradients = 0
         self._measured = 0
-        self._due = 0
+        # of one step, a preconditioner has the sign of the gradient and little else
+        self._due = 0 if isinstance(optimizer, torch.optim.SGD) else max(1, min(_WARMUP, steps // 10))
         self._planned_at = 0
         self._unit = 1.0  # rate of the plan over that of the first group
         self._caution = 1.0  # share of the planned rate that is taken
@@ -269,11 +274,18 @@ class OptimalSchedule(Controller):
         self._unit = of.unit / ours if ours > 0 else 1.0
         cap = of.limit / (2 * (1 + of.momentum))  # Nesterov's limit is lower
         allowed = self.safety * cap * seen.limit
+        simple = isinstance(self.optimizer, torch.optim.SGD)
         if not first:
             allowed = min(allowed, self.growth * of.unit)
+        elif (
+            simple and of.momentum
+        ):  # curvature rises early, and momentum is 1/(1 - μ) times as quickly beyond it
+            slower = (1 - of.momentum) / (1 + of.momentum)
+            allowed = min(allowed, _START * self.safety * slower * seen.limit)
         if math.isfinite(allowed) and float(seen.curvature.abs().max()) > 0:
             left = self.steps - step
-            self.plan = seen.plan(left, self.batch_size, allowed, of.momentum, self.pieces)
+            slowing = of.momentum > 0 or not simple
+            self.plan = seen.plan(left, self.batch_size, allowed, of.momentum, self.pieces, slowing=slowing)
             self._planned_at = step
             self._logged = {
                 "sharpness": float(seen.curvature[0]),
