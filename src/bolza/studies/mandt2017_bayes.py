@@ -34,7 +34,7 @@ from bolza.sde import (
     stationary_covariance,
 )
 from bolza.sde.moments import MANDT as REFERENCE
-from bolza.studies._posterior import BATCH, Problem, at_rest, digits_problem
+from bolza.studies._digits_posterior import BATCH, Problem, at_rest, digits_problem
 from bolza.studies._study import Progress, Row, Scale, StudyResult, mean_error
 
 __all__ = ["CLAIM", "KEY", "REFERENCE", "TITLE", "run"]
