@@ -109,3 +109,18 @@ def test_effective_sizes_of_an_autoregressive_chain_are_known():
         rhat(samples / 0)
     with pytest.raises(ShapeError, match="at least 4"):
         rhat(samples[:, :3])
+
+
+def test_starts_outside_the_support_and_potentials_that_are_no_scalar_are_named():
+    x = torch.ones(2, 2)
+    with pytest.raises(DivergenceError, match="2 of 2 chains start"):
+        sample(lambda z: -z.log().sum(), -x, steps=3, method="hmc")
+    for wrong in (lambda z: z.square(), lambda z: 3.0):
+        with pytest.raises(ShapeError, match="scalar"):
+            sample(wrong, x, steps=3, step_size=0.1)
+
+
+def test_one_chain_is_compared_with_its_own_halves():
+    draws = torch.randn(1, 500, generator=torch.Generator().manual_seed(0))
+    assert float(rhat(draws)) < 1.02 < 1.5 < float(rhat(draws + torch.arange(500) / 100))
+    assert bool(rhat(torch.ones(2, 10)).isnan())

@@ -157,3 +157,39 @@ def test_logits_and_wrong_labels_are_not_taken_for_probabilities():
         calibration(p, y[:2])
     with pytest.raises(ArgumentError, match="binning"):
         calibration(p, y, binning="log")
+
+
+def test_damaged_traces_are_refused_and_change_nothing():
+    net = nn.Linear(1, 1)
+    trace = Trace(net, capacity=4)
+    for _ in range(3):
+        trace.record()
+    state = trace.state_dict()
+    uneven = {"samples": {**state["samples"], "bias": torch.zeros(2, 1)}}
+    for change in ({"thin": 0}, {"capacity": 2}, {"samples": 3}, {"seen": "many"}, uneven):
+        with pytest.raises(CheckpointError):
+            trace.load_state_dict({**state, **change})
+        assert (len(trace), trace.thin, trace.capacity) == (3, 1, 4)
+    with pytest.raises(CheckpointError, match="seen"):
+        trace.load_state_dict({name: value for name, value in state.items() if name != "seen"})
+
+
+def test_one_logit_and_outputs_that_are_no_tensor_are_named():
+    class Named(nn.Linear):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    weights = {"weight": torch.ones(3, 1, 2)}
+    with pytest.raises(ShapeError, match="one logit"):
+        predict(nn.Linear(2, 1), weights, torch.ones(4, 2))
+    with pytest.raises(ShapeError, match="a dict"):
+        predict(Named(2, 1), weights, torch.ones(4, 2))
+
+
+def test_probabilities_of_half_precision_and_labels_of_any_integer_type_are_scored():
+    draw = torch.Generator().manual_seed(0)
+    p = (3 * torch.randn(300, 10, generator=draw)).softmax(1)
+    y = torch.multinomial(p, 1, generator=draw)[:, 0]
+    whole = calibration(p, y)
+    assert calibration(p, y.to(torch.uint8)).ece == whole.ece
+    assert calibration(p.bfloat16(), y).brier.value == pytest.approx(whole.brier.value, rel=0.02)

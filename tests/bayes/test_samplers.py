@@ -324,3 +324,29 @@ def test_sparse_gradients_and_unknown_noise_are_refused():
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(UnsupportedError, match="sparse=False"):
         sampler.step()
+
+
+def test_groups_are_checked_and_complex_parameters_refused():
+    for wrong in ({"lr": -1.0}, {"temperature": -1.0}, {"friction": 2.0}):
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            BAOAB([{"params": [nn.Parameter(torch.zeros(1))], **wrong}], num_data=3)
+    with pytest.raises(UnsupportedError, match="complex"):
+        SGLD([nn.Parameter(torch.zeros(1, dtype=torch.complex64))], num_data=3)
+
+
+@pytest.mark.parametrize("friction", [0.2, 1.0, 5.0])
+def test_noise_of_batches_that_is_taken_off_leaves_no_heat_at_a_small_step(friction):
+    """BAOAB: 1 + O(h²λ), whatever the friction; the momentum's own share would leave a fifth here."""
+    h, c = 0.1, math.exp(-friction * 0.1)
+    V = 0.8 * 4 * (1 - c * c) / ((1 + c) * h) ** 2
+    found = stationary_variance("baoab", 1.0, h=h, friction=friction, gradient_noise=V, corrected=True)
+    assert found == pytest.approx(1.0, rel=0.01)
+    w = nn.Parameter(torch.zeros(4))
+    sampler = BAOAB([w], h * h, num_data=1, prior_precision=0, friction=1 - c, noise_estimate=V, seed=0)
+    w.grad = torch.zeros(4)
+    assert sampler._allowed(sampler.param_groups[0], w) == pytest.approx(V / 0.8)
+    sampler.step()
+    plain = BAOAB([v := nn.Parameter(torch.zeros(4))], h * h, num_data=1, friction=1 - c, seed=0)
+    v.grad = torch.zeros(4)
+    plain.step()
+    assert torch.allclose(w.detach() / v.detach(), torch.tensor(0.2**0.5))

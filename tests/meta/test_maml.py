@@ -256,3 +256,30 @@ def test_misuse_is_refused_by_name():
     with pytest.raises(UnsupportedError, match="vectorized=False"):
         MAML(Choosing(4, 1).to(D))(points, points)
     assert float(MAML(Choosing(4, 1).to(D), vectorized=False)(points, points).detach()) > 0
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_attention_in_evaluation_mode_learns_as_in_training_mode(first_order):
+    """Without dropout the modes are one; torch's fused kernels of evaluation mode have no second derivatives."""
+    net, support, query = problem("attention")
+    found = []
+    for mode in (True, False):
+        net.train(mode).zero_grad()
+        learner = MAML(net, lr=0.1, steps=2, first_order=first_order)
+        learner(support, query).backward()
+        found.append([*gradients(net), learner.predict(support, query[0])])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(*found, strict=True))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_inference_mode_is_refused_and_outputs_may_be_dicts():
+    class Named(nn.Linear):
+        def forward(self, x):
+            return {"out": super().forward(x)}
+
+    net, x = Named(2, 1), torch.ones(3, 4, 2)
+    learner = MAML(net, loss=lambda out, y: F.mse_loss(out["out"], y), vectorized=False)
+    data = x, torch.zeros(3, 4, 1)
+    assert learner.predict(data, x)["out"].shape == (3, 4, 1)
+    with torch.inference_mode(), pytest.raises(UnsupportedError, match="no_grad"):
+        learner.predict(data, x)

@@ -29,6 +29,16 @@ def test_the_losses_are_those_of_batches_of_one_and_average_to_the_loss(loss):
         assert torch.allclose(found.mean(), loss(OUT, Y), rtol=1e-12, atol=0)
 
 
+def test_a_loss_that_branches_on_its_values_is_called_on_one_sample_after_another():
+    def checked(out, y):
+        if bool((out.abs() > 1e6).any()):
+            raise ValueError("too large")
+        return F.cross_entropy(out, y)
+
+    found = sample_losses(checked, OUT, Y, 6)
+    assert torch.allclose(found, F.cross_entropy(OUT, Y, reduction="none"), rtol=1e-12, atol=0)
+
+
 def test_a_weighted_mean_is_not_taken_for_a_plain_one():
     loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
     found = sample_losses(without_reduction(loss, OUT, Y, 6), OUT, Y, 6)

@@ -181,6 +181,24 @@ def test_tied_weights_get_both_parts_of_their_gradient():
         torch.testing.assert_close(found, gradients(other)[name], rtol=0, atol=1e-14)
 
 
+def test_a_first_stage_with_dropout_keeps_its_mask_and_new_parameters_are_found():
+    net = nn.Sequential(
+        nn.Dropout(0.5), nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)
+    ).double()
+    other, (x, y) = copy.deepcopy(net), batch()
+    system = as_system(net, x)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        yopo(system, CE, x, y, 0.0, outer=1, inner=2, random_start=False)
+        torch.manual_seed(3)
+        CE(other(x), y).backward()
+    for name, found in gradients(net).items():
+        torch.testing.assert_close(found, gradients(other)[name], rtol=0, atol=1e-14)
+    net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
+    yopo(system, CE, x, y, 0.1)
+    assert gradients(net).keys() == gradients(other).keys()
+
+
 def test_batch_statistics_in_the_first_stage_are_refused_and_a_name_moves_the_cut():
     (x, y) = batch(8, (1, 4, 4), torch.float32)
     net = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
@@ -234,6 +252,19 @@ def test_gradients_of_the_other_rules_are_those_at_their_points_and_are_added():
             torch.testing.assert_close(twice, 2 * found[name], rtol=0, atol=1e-14)
 
 
+def test_passes_of_the_attack_are_not_taken_for_passes_of_training():
+    from bolza.systems import Recorder
+
+    net, (x, y) = mlp(), batch()
+    recorder = Recorder(net, x, keep="all")
+    for call in (pgd_training, fast):
+        recorder.clear()
+        step = call(net, CE, x, y, 0.1)
+        assert len(recorder.trajectories) == 1
+        torch.testing.assert_close(recorder.trajectory.states[0], step.inputs, rtol=0, atol=0)
+    recorder.close()
+
+
 def test_free_carries_its_perturbation_to_the_next_and_to_a_smaller_batch():
     (x, y), net = batch(), mlp()
     step, delta = free(net, CE, x, y, 0.1)
@@ -262,6 +293,8 @@ def test_trades_with_no_weight_is_plain_training_and_its_divergence_is_that_of_t
     torch.testing.assert_close(divergence(a, b), exact)
     with pytest.raises(ArgumentError, match="beta"):
         trades(net, CE, x, y, 0.1, beta=-1.0)
+    with pytest.raises(ShapeError, match="two classes"):  # the divergence of one output is zero
+        trades(nn.Linear(6, 1).to(D), F.mse_loss, x, x[:, :1], 0.1)
 
 
 def test_a_loss_that_is_not_finite_adds_nothing_and_says_so():

@@ -141,6 +141,10 @@ def test_what_makes_no_sense_is_refused_with_a_remedy():
         attack(x=torch.arange(4))
     with pytest.raises(DataError, match="not finite"):
         attack(x=x / 0)
+    with pytest.raises(DataError, match="nothing to attack"):
+        attack(x=x[:0])
+    with torch.inference_mode(), pytest.raises(ArgumentError, match="inference_mode"):
+        attack()
     with pytest.raises(ArgumentError, match="eps"):
         attack(eps=-1.0)
     with pytest.raises(ArgumentError, match="one for each"):

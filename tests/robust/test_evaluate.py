@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bolza.core.errors import ArgumentError, DataError, ShapeError, UnsupportedError
+from bolza.core.errors import ArgumentError, DataError, DivergenceError, ShapeError, UnsupportedError
 from bolza.robust import robust_accuracy, robustness_curve
 from bolza.robust.balls import Ball
 from bolza.robust.suite import STANDARD, _Picture
@@ -104,6 +104,20 @@ def test_the_curve_does_not_rise_and_starts_at_the_clean_accuracy():
     assert list(curve.robust) == sorted(curve.robust, reverse=True) and curve.robust[-1] < 0.2
 
 
+def test_attacks_end_where_nothing_is_left_and_a_ball_of_one_point_is_not_called_flat():
+    net, x, y = linear()
+    found = robust_accuracy(net, x, y, 0.9, attack="pgd", **SHORT | {"restarts": 3})
+    assert found.robust == 0 and bool(found.broken.all())
+    assert robust_accuracy(net, x, 1 - y, 0.1, **SHORT).after == {
+        "pgd": 0,
+        "apgd-ce": 0,
+        "fab-t": 0,
+        "square": 0,
+    }
+    still = robust_accuracy(net, x, y.int(), 0.0, attack="pgd", **SHORT)
+    assert still.robust == still.clean == 1 and not still.notes
+
+
 def test_a_radius_for_each_sample_goes_with_gradient_ascent_only():
     net, x, y = linear()
     eps = torch.linspace(0, 0.2, 60)
@@ -123,8 +137,23 @@ def test_what_cannot_be_judged_is_refused(monkeypatch):
         robust_accuracy(net, x, F.one_hot(y).float(), 0.1)
     with pytest.raises(DataError, match="has the label"):
         robust_accuracy(net, x, y + 7 - y.min(), 0.1)
-    with pytest.raises(ShapeError, match="logits"):
-        robust_accuracy(lambda x: net(x)[:, 0], x, y, 0.1)
+    with pytest.raises(DataError, match="has the label"):
+        robust_accuracy(net, x, torch.where(torch.arange(60) == 3, -100, y), 0.1)
+    for call in (robust_accuracy, lambda *about: robustness_curve(*about[:3], [0.1])):
+        with pytest.raises(ShapeError, match="logits"):
+            call(lambda x: net(x)[:, 0], x, y, 0.1)
+        with pytest.raises(DivergenceError, match="not a number"):
+            call(lambda x: net(x) * torch.nan, x, y, 0.1)
+        with pytest.raises(DataError, match="dict"):
+            call(net, {"x": x}, y, 0.1)
+    with pytest.raises(ArgumentError, match="queries=0"):
+        robust_accuracy(net, x, y, 0.1, queries=0)
+    with pytest.raises(ArgumentError, match="four classes"):
+        robust_accuracy(net, x, y, 0.1, attack=["apgd-t"], **SHORT)
+    with pytest.raises(ArgumentError, match="clip differs"):
+        robust_accuracy(net, x, y, 0.1, clip=(torch.zeros(7), torch.ones(7)), **SHORT)
+    with torch.inference_mode(), pytest.raises(ArgumentError, match="inference_mode"):
+        robust_accuracy(net, x, y, 0.1, **SHORT)
     with pytest.raises(ArgumentError, match="empty"):
         robustness_curve(net, x, y, [])
     with pytest.raises(ArgumentError, match="batch_size"):

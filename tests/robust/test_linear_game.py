@@ -95,6 +95,23 @@ def test_what_cannot_be_a_game_is_refused():
         critical_price(ONE, ONE, ONE, ONE, -ONE)
     with pytest.raises(ShapeError, match="D has shape"):
         linear_game(ONE, ONE, torch.ones(2, 1, dtype=D), ONE, ONE, 2.0)
-    with pytest.raises(DivergenceError, match="infinite horizon"):
-        critical_price(2 * ONE, 0 * ONE, ONE, ONE, ONE)
+    for call in (critical_price, lambda *plant: linear_game(*plant, 5.0)):
+        with pytest.raises(DivergenceError, match="infinite horizon"):
+            call(2 * ONE, 0 * ONE, ONE, ONE, ONE)
+    with pytest.raises(ArgumentError, match="Q has the eigenvalue -1"):
+        linear_game(ONE, ONE, ONE, -ONE, ONE, 2.0)
+    with pytest.raises(ArgumentError, match="A has entries"):
+        linear_game(ONE * torch.nan, ONE, ONE, ONE, ONE, 2.0)
     assert linear_game(*(M.float() for M in (ONE, ONE, ONE, ONE, ONE)), 2.0).P.dtype == torch.float32
+
+
+def test_only_the_symmetric_part_of_a_weight_counts_and_whole_numbers_are_not_rounded():
+    A, B, W, Q, R = plant()
+    tilt = torch.triu(torch.ones(4, 4, dtype=D), 1)
+    game, tilted = (linear_game(A, B, W, q, R, 50.0) for q in (Q, Q + tilt - tilt.T))
+    torch.testing.assert_close(tilted.P, game.P)
+    assert critical_price(A, B, W, Q + tilt - tilt.T, R) == pytest.approx(
+        critical_price(A, B, W, Q, R), rel=1e-9
+    )
+    whole = linear_game(*(M.long() for M in (ONE, ONE, ONE, ONE, ONE)), 2.0)
+    assert float(whole.K) == pytest.approx(0.7583057, abs=1e-6)

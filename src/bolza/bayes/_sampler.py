@@ -88,6 +88,33 @@ class Sampler(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with settings of its own.
+
+        Raises:
+            ArgumentError: one of them is out of its range.
+            UnsupportedError: a parameter is complex.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        limits: dict[str, dict[str, Any]] = {
+            "lr": {},
+            "num_data": {"positive": True},
+            "prior_precision": {},
+            "temperature": {},
+            "friction": {"high": 1.0, "positive": True},
+        }
+        try:
+            for name in limits.keys() & group.keys():
+                check_number(name, group[name], **limits[name])
+            if any(p.is_complex() for p in group["params"]):
+                raise UnsupportedError(
+                    "a parameter is complex: hold its real and imaginary part as two real parameters"
+                )
+        except Exception:
+            self.param_groups.pop()
+            raise
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Make one step of the chain; parameters without a gradient stay.

@@ -126,9 +126,18 @@ class BAOAB(Sampler):
         torch._foreach_mul_(m, c)
         heat = (1 - c * c) * group["temperature"]
         if heat and scaled:
-            torch._foreach_add_(m, spread(heat, batch_noise, c * c * scaled, normal()))
+            torch._foreach_add_(m, spread(heat, batch_noise, _felt(c) * scaled, normal()))
         torch._foreach_add_(theta, m, alpha=half)
 
     def _allowed(self, group: dict[str, Any], p: Tensor) -> float:
         scaled, c = float(group["lr"]) * group["num_data"], 1 - group["friction"]
-        return (1 - c * c) * group["temperature"] / (c * c * scaled) if c * scaled else float("inf")
+        return (1 - c * c) * group["temperature"] / (_felt(c) * scaled) if scaled else float("inf")
+
+
+def _felt(c: float) -> float:
+    """How much wider θ grows by noise of the kick, as a multiple of noise of the friction.
+
+    A kick drives the half drift before the friction whole and the one after it by c: ((1 + c)/2)² where the step is
+    small, and 1/(1 − h²λ/4) times that at curvature λ.
+    """
+    return (1 + c) ** 2 / 4

@@ -131,12 +131,14 @@ def calibration(
         raise ArgumentError(f"bins={bins} must be positive, and binning={binning!r} 'width' or 'mass'")
     p = probabilities.detach().to(torch.float64)
     low, off = float(p.min()), float((p.sum(1) - 1).abs().max())
-    if not (low >= -1e-6 and off < 1e-3):
+    rounding = torch.finfo(probabilities.dtype).eps if probabilities.is_floating_point() else 0.0
+    if not (low >= -1e-6 and off < max(1e-3, 2 * rounding)):
         raise DataError(
             f"rows are no probabilities (smallest entry {low:.3g}, sums off by {off:.3g}): apply softmax to logits"
         )
     if y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= p.shape[1]:
         raise DataError(f"labels are not whole numbers in [0, {p.shape[1]})")
+    y = y.long()
     confidence, guess = p.max(1)
     right = (guess == y).to(p)
     chosen = p.gather(1, y[:, None])[:, 0]

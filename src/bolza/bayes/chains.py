@@ -154,7 +154,18 @@ def sample(
 def _gradient(potential: Callable[[Tensor], Tensor], x0: Tensor, batched: bool) -> Gradient:
     """∇U ``(chains, d)`` and U ``(chains,)`` as a function of x ``(chains, d)``."""
     if not batched:
-        found: Gradient = vmap(grad_and_value(potential))
+
+        def one(x: Tensor) -> Tensor:
+            U = potential(x)
+            if not isinstance(U, Tensor) or U.dim():
+                got = f"shape {tuple(U.shape)}" if isinstance(U, Tensor) else f"type {type(U).__name__}"
+                raise ShapeError(
+                    f"the potential of one point ({x.shape[0]},) has {got}: it must be a scalar tensor; for one that "
+                    "takes all chains at once pass batched=True"
+                )
+            return U
+
+        found: Gradient = vmap(grad_and_value(one))
         return found
 
     def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +239,13 @@ def _hmc(
     """Leapfrog paths of a random length; the step follows the acceptance until the warm-up ends."""
     x, kept = x0.detach().clone(), x0.new_empty(steps // thin, *x0.shape)
     slope, U = gradient(x)
-    _require_finite(slope, 0, step_size or 0.0)
+    outside = ~(torch.isfinite(U) & torch.isfinite(slope).all(1))
+    if bool(outside.any()):
+        raise DivergenceError(
+            f"the potential or its gradient is not finite where {int(outside.sum())} of {len(x)} chains start: no "
+            "proposal is accepted from there; move x0 into the support",
+            step=0,
+        )
     scale = torch.ones_like(x[0])  # root of the inverse mass
     h = step_size or 0.1
     search = _StepSearch(h)

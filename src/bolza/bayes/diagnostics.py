@@ -32,20 +32,23 @@ _LEAST = 4  # draws a chain, halves of two
 
 def _call(name: str, samples: Tensor, **options: Any) -> Tensor:
     """A function of ArviZ on samples ``(chains, draws, …)``; the result has the shape of one draw."""
+    import numpy as np
+
     try:
         from arviz_stats.base import array_stats
     except ImportError as error:
         raise UnsupportedError(
             "diagnostics of chains need arviz-stats, which is not installed: pip install 'bolza[bayes]'"
         ) from error
-    if samples.dim() < 2 or samples.shape[1] < _LEAST:
+    if samples.dim() < 2 or not samples.shape[0] or samples.shape[1] < _LEAST:
         raise ShapeError(
             f"samples has shape {tuple(samples.shape)}: give (chains, draws, …) with at least {_LEAST} draws"
         )
     if not bool(torch.isfinite(samples).all()):
         raise DataError("samples are not all finite: a chain diverged, take a smaller learning rate")
     flat = samples.detach().to("cpu", torch.float64).reshape(*samples.shape[:2], -1).numpy()
-    found = getattr(array_stats, name)(flat, chain_axis=0, draw_axis=1, **options)
+    with np.errstate(invalid="ignore", divide="ignore"):  # what never changes has nan, as promised
+        found = getattr(array_stats, name)(flat, chain_axis=0, draw_axis=1, **options)
     return torch.as_tensor(found).reshape(samples.shape[2:])
 
 
@@ -57,7 +60,7 @@ def rhat(samples: Tensor) -> Tensor:
     whose labels permute. One chain is split in halves and compared with itself, which a chain that is stuck passes.
 
     Args:
-        samples: shape ``(chains, draws, …)``, at least 4 draws.
+        samples: shape ``(chains, draws, …)``, at least 4 draws, and 8 of a single chain.
 
     Returns:
         float64, shape of one draw ``…``; nan for a quantity that never changes.
@@ -75,6 +78,9 @@ def rhat(samples: Tensor) -> Tensor:
         >>> bool(rhat(draws) < 1.01), bool(rhat(apart) > 1.2)
         (True, True)
     """
+    if samples.dim() >= 2 and samples.shape[0] == 1:  # ArviZ asks for two chains
+        half = samples.shape[1] // 2
+        samples = torch.cat([samples[:, :half], samples[:, samples.shape[1] - half :]])
     return _call("rhat", samples)
 
 

@@ -122,10 +122,11 @@ def _read(outputs: Tensor, kind: Kind, keep: bool) -> Prediction:
     if kind == "regression":
         spread = outputs.std(0) if len(outputs) > 1 else torch.zeros_like(outputs[0])
         return Prediction(outputs.mean(0), spread, kept)
-    if outputs.dim() != 3:
+    if outputs.dim() != 3 or outputs.shape[-1] < 2:
         raise ShapeError(
-            f"each network has outputs of shape {tuple(outputs.shape[1:])}: classification needs logits (n, classes); "
-            "for numbers pass kind='regression'"
+            f"each network has outputs of shape {tuple(outputs.shape[1:])}: classification needs logits "
+            "(n, classes) of at least 2 classes (for one logit z of a binary label those are 0 and z); for numbers "
+            "pass kind='regression'"
         )
     log_p = outputs.log_softmax(-1)
     p = log_p.exp()
@@ -145,7 +146,12 @@ def _outputs(model: nn.Module, weights: dict[str, Tensor], x: Any, vectorise: bo
         args = x if isinstance(x, tuple) else (x,)
 
     def one(at: dict[str, Tensor]) -> Tensor:
-        out: Tensor = functional_call(model, at, args, kwargs)
+        out = functional_call(model, at, args, kwargs)
+        if not isinstance(out, Tensor):
+            raise ShapeError(
+                f"the network returns a {type(out).__name__}, not a tensor: wrap it in a module whose forward returns "
+                "the logits, or the numbers, alone"
+            )
         return out
 
     draws = len(next(iter(weights.values())))
@@ -182,7 +188,7 @@ def _pieces(x: Any, batch_size: int | None) -> Iterable[Any]:
         raise ArgumentError(f"batch_size is {batch_size}: it must be positive, or None")
     whole = list(x.values()) if isinstance(x, Mapping) else list(x) if isinstance(x, tuple) else [x]
     n = len(whole[0])
-    cuts = [slice(i, i + batch_size) for i in range(0, n, batch_size)]
+    cuts = [slice(i, i + batch_size) for i in range(0, max(n, 1), batch_size)]
     if isinstance(x, Mapping):
         return [{name: value[cut] for name, value in x.items()} for cut in cuts]
     if isinstance(x, tuple):

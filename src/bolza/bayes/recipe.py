@@ -305,7 +305,7 @@ def stationary_variance(
         into = torch.tensor([[1.0, h / 2 * (1 + c)], [0.0, c]], dtype=torch.float64)
         move = into @ torch.tensor([[1.0, 0.0], [-h * precision, 1.0]], dtype=torch.float64)
         first, second = into[:, 1], torch.tensor([h / 2, 1.0], dtype=torch.float64)
-        heat = max((1 - c * c) * temperature - (c * c * kick if corrected else 0.0), 0.0)
+        heat = max((1 - c * c) * temperature - ((1 + c) ** 2 / 4 * kick if corrected else 0.0), 0.0)
         noise_matrix = kick * torch.outer(first, first) + heat * torch.outer(second, second)
     else:
         raise ArgumentError(f"method is {method!r}: choose 'sgld', 'sghmc', 'sghmc-explicit' or 'baoab'")

@@ -150,7 +150,11 @@ class Trace:
         Raises:
             CheckpointError: they belong to other weights.
         """
-        samples = state["samples"]
+        try:
+            samples = dict(state["samples"])
+            numbers = {name: int(state[name]) for name in ("capacity", "thin", "warmup", "seen")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the state holds no trace of samples ({error!r})") from error
         same = samples.keys() == self._store.keys() and all(
             samples[name].shape[1:] == stored.shape[1:] for name, stored in self._store.items()
         )
@@ -158,12 +162,14 @@ class Trace:
             raise CheckpointError(
                 "the stored samples have other names or shapes than the weights of this model"
             )
-        self.capacity, self.thin, self.warmup = (
-            int(state["capacity"]),
-            int(state["thin"]),
-            int(state["warmup"]),
-        )
-        self.seen, self.count = int(state["seen"]), len(next(iter(samples.values())))
+        counts = {len(value) for value in samples.values()}
+        fits = len(counts) == 1 and max(counts) <= numbers["capacity"] and numbers["capacity"] >= 2
+        if not fits or numbers["thin"] < 1 or min(numbers["warmup"], numbers["seen"]) < 0:
+            raise CheckpointError(
+                f"the state of the trace contradicts itself: {sorted(counts)} samples with {numbers}"
+            )
+        self.capacity, self.thin, self.warmup, self.seen = numbers.values()
+        self.count = counts.pop()
         for name, stored in self._store.items():
             fresh = stored.new_empty((self.capacity, *stored.shape[1:]))
             fresh[: self.count] = samples[name]

@@ -80,6 +80,10 @@ class Adaptation:
         with torch.enable_grad(), self._randomness(t, params):
             point = params if second else tree_map(lambda p: p.detach().requires_grad_(), params)
             value = self.losses(point, shared if second else tree_detach(shared), self.support).sum()
+            if not value.requires_grad and torch.is_inference_mode_enabled():
+                raise UnsupportedError(
+                    "torch.inference_mode forbids the gradients by which a task is learned: use torch.no_grad"
+                )
             if not value.requires_grad:
                 raise ArgumentError(
                     "the inner loss does not depend on any of the parameters that are adapted: is the model detached?"

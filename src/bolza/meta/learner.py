@@ -185,7 +185,7 @@ class Learner(nn.Module):
                         (params, support[0], x),
                     )
                     parts.append(self._answer(own[0], shared, own[1], own[2]))
-                return torch.stack(parts)
+                return torch.utils._pytree.tree_map(lambda *outs: torch.stack(outs), *parts)
             return torch.func.vmap(self._answer, in_dims=(0, None, 0, 0), randomness="different")(
                 params, shared, support[0], x
             )

@@ -115,8 +115,8 @@ def _over_norm(weight: Tensor, as_matrix: Callable[[Tensor], Tensor], v: Tensor,
 def differentiable_kernels(module: nn.Module | None = None) -> Iterator[None]:
     """Use kernels that can be differentiated twice and in forward mode.
 
-    The fused attention kernels and oneDNN's LSTM cannot; inside this context the plain ones run
-    instead. They are slower, and agree with the fused ones to rounding.
+    The fused attention kernels, those of attention layers in evaluation mode, and oneDNN's LSTM
+    cannot; inside this context the plain ones run instead. They are slower, and agree with the fused ones to rounding.
 
     Args:
         module: what will be evaluated. oneDNN stays on when it has no ``nn.LSTM``, because without
@@ -133,12 +133,15 @@ def differentiable_kernels(module: nn.Module | None = None) -> Iterator[None]:
     # torch.backends.mkldnn.flags would also set a TF32 flag, and warn about it
     enabled = torch._C._get_mkldnn_enabled()
     off = module is None or any(isinstance(layer, nn.LSTM) for layer in module.modules())
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         if off:
             torch._C._set_mkldnn_enabled(False)
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         if off:
             torch._C._set_mkldnn_enabled(enabled)
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree
 
 from bolza.core.errors import ArgumentError, DataError
 from bolza.ops.trees import is_differentiable
+from bolza.systems.trace import library_runs
 
 __all__ = ["Ball", "Clip", "Norm", "attacked_input", "parameters_at_rest"]
 
@@ -42,6 +43,8 @@ class Ball:
         if norm not in ("linf", "l2"):
             raise ArgumentError(f"norm={norm!r} is unknown: choose 'linf' or 'l2'")
         self.x, self.norm = x.detach(), norm
+        if not x.numel():
+            raise DataError(f"x has shape {tuple(x.shape)}: there is nothing to attack")
         self.eps = self.per_sample(eps, "eps")
         if not bool(torch.isfinite(self.x).all()):
             raise DataError("x has entries that are not finite: clean the inputs before attacking them")
@@ -123,16 +126,22 @@ def attacked_input(x: Any) -> tuple[Tensor, Any]:
     """The one floating tensor of an input, and a function that puts another in its place.
 
     Raises:
+        ArgumentError: torch is in inference mode, where nothing has a gradient.
         DataError: there is none (tokens), or there are several.
     """
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            "attacks need gradients, which torch.inference_mode() rules out: call this outside of it; "
+            "torch.no_grad() does no harm"
+        )
     if isinstance(x, Tensor) and is_differentiable(x):
         return x, lambda other: other
     leaves, spec = _pytree.tree_flatten(x)
     places = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
     if not places:
         raise DataError(
-            "x holds no floating tensor: tokens cannot be moved by little, so wrap the model in a function of its "
-            "embeddings and attack these"
+            "x holds no floating tensor: give numbers as a floating tensor, x.float(); tokens cannot be moved by "
+            "little, so wrap the model in a function of its embeddings and attack these"
         )
     if len(places) > 1:
         raise DataError(
@@ -148,12 +157,14 @@ def attacked_input(x: Any) -> tuple[Tensor, Any]:
 
 @contextmanager
 def parameters_at_rest(model: Any) -> Iterator[None]:
-    """A context in which gradients of the model's parameters are not computed; their flags come back."""
+    """A context in which parameters get no gradients, and recorders see no passes; the flags come back."""
+    outer = library_runs.set(True)
     moving = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     try:
         for p in moving:
             p.requires_grad_(False)
         yield
     finally:
+        library_runs.reset(outer)
         for p in moving:
             p.requires_grad_(True)

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bolza.core.errors import ArgumentError, DataError, ShapeError
+from bolza.core.errors import ArgumentError, DataError, DivergenceError, ShapeError
 from bolza.core.reference import Reference, cites
 from bolza.ops.replay import frozen_statistics, same_randomness
 from bolza.robust.attacks import pgd, slope_at
-from bolza.robust.balls import Ball, Norm, parameters_at_rest
+from bolza.robust.balls import Ball, Norm, attacked_input, parameters_at_rest
 from bolza.robust.suite import AUTOATTACK, STANDARD, suite_attacks
 
 __all__ = ["ATHALYE", "RobustAccuracy", "RobustnessCurve", "robust_accuracy", "robustness_curve"]
@@ -152,18 +152,23 @@ def robust_accuracy(
     names = () if attack == "pgd" else STANDARD if attack == "auto" else tuple(attack)
     if isinstance(attack, str) and attack not in ("auto", "pgd"):
         raise ArgumentError(f"attack={attack!r} is unknown: choose 'auto', 'pgd' or a list of {STANDARD}")
-    _check(x, y, batch_size)
+    x, y = _checked(x, y, batch_size)
+    if min(steps, restarts, suite_steps, queries) < 1:
+        raise ArgumentError(
+            f"steps={steps}, restarts={restarts}, suite_steps={suite_steps} and queries={queries} must all be at "
+            "least 1"
+        )
+    if names and clip is not None and any(isinstance(end, Tensor) and end.numel() > 1 for end in clip):
+        raise ArgumentError(
+            "clip differs from entry to entry: the suite takes two numbers, so move the normalisation of the data into "
+            "the model, or use attack='pgd'"
+        )
     ball = Ball(x, eps, norm, clip)
     if isinstance(eps, Tensor) and names and eps.ndim:
         raise ArgumentError("eps differs from sample to sample: the suite takes one number; use attack='pgd'")
     with _still(model), same_randomness(seed, x.device):
         logits = _batched(model, batch_size)
-        with torch.no_grad():
-            out = logits(x)
-        if out.ndim != 2 or len(out) != len(x):
-            raise ShapeError(f"model(x) has shape {tuple(out.shape)}: it must be logits, ({len(x)}, classes)")
-        if y.max() >= out.shape[1]:
-            raise DataError(f"y has the label {int(y.max())}, but the model has {out.shape[1]} outputs")
+        out = _clean(logits, x, y)
         right = out.argmax(1) == y
         notes = _doubts(model, x, y, out, right, ball, batch_size)
         run = _Run(logits, x, y, right)
@@ -255,16 +260,16 @@ def robustness_curve(
     radii = sorted(float(e) for e in eps)
     if not radii:
         raise ArgumentError("eps is empty: give at least one radius")
-    _check(x, y, batch_size)
-    with torch.no_grad(), _still(model):
-        clean = float((_batched(model, batch_size)(x).argmax(1) == y).double().mean())
+    x, y = _checked(x, y, batch_size)
+    with _still(model):
+        right = _clean(_batched(model, batch_size), x, y).argmax(1) == y
+    clean = float(right.double().mean())
     left = torch.arange(len(x), device=x.device)
     robust: list[float] = []
     notes: list[str] = []
     for radius in radii:
         if radius == 0:
-            with torch.no_grad(), _still(model):
-                left = left[_batched(model, batch_size)(x).argmax(1) == y]
+            left = left[right]
         elif len(left):
             found = robust_accuracy(
                 model, x[left], y[left], radius,
@@ -292,6 +297,8 @@ class _Run:
     def attack(self, name: str, call: Callable[[Tensor], Tensor], batch_size: int) -> None:
         before = int(self.broken.sum())
         for rows in (~self.broken).nonzero().flatten().split(batch_size):
+            if not len(rows):  # torch splits nothing into one empty part
+                break
             found = call(rows)
             with torch.no_grad():
                 fell = self.logits(found).argmax(1) != self.y[rows]
@@ -372,9 +379,10 @@ def _doubts(
         with torch.enable_grad():
             slope = slope_at(F.cross_entropy(model(at), y[rows], reduction="sum"), at).flatten(1)
         part = ball_of(ball, rows)
+        eps = part.eps.flatten().expand(len(rows))
         size = slope.abs().sum(1) if ball.norm == "linf" else torch.linalg.vector_norm(slope, dim=1)
-        flat += int((part.eps.flatten() * size < _FLAT).sum())
-        count += len(rows)
+        flat += int(((eps * size < _FLAT) & (eps > 0)).sum())
+        count += int((eps > 0).sum())
     if flat > 0.1 * count:
         notes.append(
             f"the loss is flat at {flat} of {count} samples (it rises by less than {_FLAT:g} across the ball, to first "
@@ -402,10 +410,30 @@ def _still(model: Any) -> Any:
     return stack
 
 
-def _check(x: Tensor, y: Tensor, batch_size: int) -> None:
+def _clean(logits: Logits, x: Tensor, y: Tensor) -> Tensor:
+    """The outputs without an attack, if they are logits for the labels."""
+    with torch.no_grad():
+        out = logits(x)
+    if out.ndim != 2 or len(out) != len(x):
+        raise ShapeError(f"model(x) has shape {tuple(out.shape)}: it must be logits, ({len(x)}, classes)")
+    if y.min() < 0 or y.max() >= out.shape[1]:
+        raise DataError(
+            f"y has the labels {int(y.min())} to {int(y.max())}, but the model has {out.shape[1]} outputs: labels "
+            "count from 0, and samples without one must be left out"
+        )
+    if bool(out.isnan().any()):
+        raise DivergenceError("model(x) is not a number somewhere: check the model's parameters")
+    return out
+
+
+def _checked(x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise DataError(f"{name} is {type(value).__name__}: give a tensor, samples first")
     if not x.is_floating_point() or x.ndim < 1 or not len(x):
         raise DataError(f"x is {x.dtype} of shape {tuple(x.shape)}: give floating inputs, samples first")
     if y.is_floating_point() or tuple(y.shape) != (len(x),):
         raise DataError(f"y is {y.dtype} of shape {tuple(y.shape)}: give {len(x)} classes as integers")
     if batch_size < 1:
         raise ArgumentError(f"batch_size={batch_size} must be at least 1")
+    return attacked_input(x)[0], y.long()

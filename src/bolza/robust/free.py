@@ -99,11 +99,11 @@ def free(
             "the largest batch, or with perturbation=None"
         )
     step = ball.eps if step_size is None else ball.per_sample(step_size, "step_size")
-    at = ball.project(ball.x + perturbation[:n].detach()).requires_grad_()
+    at = ball.project(ball.x + perturbation[:n].detach().to(centre)).requires_grad_()
     with torch.enable_grad():
         value = finite_mean(loss(apply(model, put(at)), y))
         value.backward()
     slope = at.grad if at.grad is not None else torch.zeros_like(at)
     moved = ball.ascend(at.detach(), slope, step) - ball.x
-    following = moved if len(perturbation) == n else torch.cat([moved, perturbation[n:]])
+    following = moved if len(perturbation) == n else torch.cat([moved, perturbation[n:].to(centre)])
     return AdversarialStep(value.detach(), put(at.detach()), 1), following

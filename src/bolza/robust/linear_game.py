@@ -71,7 +71,7 @@ def linear_game(A: Tensor, B: Tensor, D: Tensor, Q: Tensor, R: Tensor, price: fl
         LinearGame in the dtype of A; computed in float64.
 
     Raises:
-        ArgumentError: the price is not positive, or R is not positive definite.
+        ArgumentError: the price or R is not positive, Q is negative, or a matrix is not finite.
         DivergenceError: the value is not finite: γ is at or below the smallest price.
         ShapeError: shapes do not belong together.
 
@@ -85,9 +85,10 @@ def linear_game(A: Tensor, B: Tensor, D: Tensor, Q: Tensor, R: Tensor, price: fl
     _check(A, B, D, Q, R, price)
     found = _solve(A, B, D, Q, R, price)
     if found is None:
+        stationary_riccati(A, B, Q, R)  # says why, where there is no regulator
         raise DivergenceError(
             f"the game has no finite value at price={price:.6g}: the disturbance gains more than it pays, so raise the "
-            "price above critical_price(A, B, D, Q, R)"
+            "price above critical_price(A, B, D, Q, R); or Q does not see an unstable mode of A"
         )
     return found
 
@@ -113,7 +114,7 @@ def critical_price(
         γ*, from above: the game is solvable at the number returned.
 
     Raises:
-        ArgumentError: R is not positive definite.
+        ArgumentError: R is not positive, Q is negative, or a matrix is not finite.
         DivergenceError: even the regulator has no finite value, or γ* is above ``largest``.
         ShapeError: shapes do not belong together.
 
@@ -149,6 +150,8 @@ def critical_price(
 def _solve(A: Tensor, B: Tensor, D: Tensor, Q: Tensor, R: Tensor, price: float) -> LinearGame | None:
     """The stabilising solution, if it is one of a game with a finite value."""
     a, b, d, q, r = (M.detach().double() for M in (A, B, D, Q, R))
+    q, r = (q + q.mT) / 2, (r + r.mT) / 2  # the cost sees no more of them
+    like = A.dtype if A.is_floating_point() else torch.get_default_dtype()
     try:
         if price == float("inf"):
             P = stationary_riccati(a, b, q, r).P
@@ -180,7 +183,7 @@ def _solve(A: Tensor, B: Tensor, D: Tensor, Q: Tensor, R: Tensor, price: float) 
         or not stable
     ):
         return None
-    return LinearGame(P.to(A.dtype), K.to(A.dtype), L.to(A.dtype), price, loop.to(A.dtype), margin)
+    return LinearGame(P.to(like), K.to(like), L.to(like), price, loop.to(like), margin)
 
 
 def _stabilising(a: Tensor, b: Tensor, q: Tensor, r: Tensor) -> Tensor:
@@ -213,5 +216,13 @@ def _check(A: Tensor, B: Tensor, D: Tensor, Q: Tensor, R: Tensor, price: float) 
                 f"{name} has shape {tuple(M.shape)}, but beside A of {tuple(A.shape)} and B of {tuple(B.shape)} it "
                 f"must be a matrix with {rows} rows" + (f" and {columns} columns" if columns else "")
             )
-    if not bool((torch.linalg.eigvalsh(R.detach().double()) > 0).all()):
+        if not bool(torch.isfinite(M).all()):
+            raise ArgumentError(f"{name} has entries that are not finite")
+    q, r = (torch.linalg.eigvalsh((M + M.mT) / 2) for M in (Q.detach().double(), R.detach().double()))
+    if not bool((r > 0).all()):
         raise ArgumentError("R is not positive definite: every control must cost something, so raise R")
+    if bool((q < -1e-6 * q.abs().max()).any()):
+        raise ArgumentError(
+            f"Q has the eigenvalue {float(q.min()):.4g}: the cost of a state must not be negative, so add to its "
+            "diagonal"
+        )

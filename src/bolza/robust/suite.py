@@ -85,6 +85,8 @@ def suite_attacks(
     picture = _Picture(x, float(ball.eps), clip)
     eps, norm = float(ball.eps) / picture.width, "Linf" if ball.norm == "linf" else "L2"
     if classes < 4 and "apgd-t" in names:  # its targeted loss compares four outputs
+        if tuple(names) != STANDARD:
+            raise ArgumentError(f"'apgd-t' compares four classes, and the model has {classes}: leave it out")
         names = [name for name in names if name != "apgd-t"]
     targets = min(9, classes - 1)
     silent = logging.Logger("suite")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bolza.core.errors import ArgumentError
+from bolza.core.errors import ArgumentError, ShapeError
 from bolza.core.reference import Reference, cites
 from bolza.ops.batches import Loss, apply
 from bolza.ops.replay import frozen_statistics
@@ -80,6 +80,7 @@ def trades(
         ArgumentError: beta is negative, steps below 1, or a radius or norm that makes no sense.
         DataError: x has no floating tensor, is not finite, or lies outside of the range.
         DivergenceError: the loss is not finite.
+        ShapeError: the outputs are not logits of classes.
 
     Reference: Zhang, Yu et al. (2019), algorithm 1. Departure: a start drawn uniformly from the ball in place of
     10⁻³ times a Gaussian.
@@ -95,6 +96,12 @@ def trades(
     attacked_input(x)
     with torch.no_grad(), frozen_statistics(model):
         clean = apply(model, x)
+    if not isinstance(clean, Tensor) or clean.ndim < 2 or clean.shape[1] < 2:
+        got = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
+        raise ShapeError(
+            f"model(x) has shape {got}: the divergence compares logits of two classes or more along the second axis; "
+            "give a binary classifier two outputs, and take pgd_training for a regression"
+        )
     inputs = pgd(
         model, divergence, x, clean, eps, steps,
         norm=norm, step_size=step_size, clip=clip, best=False, generator=generator,

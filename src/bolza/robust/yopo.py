@@ -14,6 +14,7 @@ Reference: Zhang, Zhang, Lu, Zhu & Dong (2019).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,8 +29,9 @@ from bolza.ops.trees import is_differentiable
 from bolza.robust.adversarial_training import AdversarialStep, finite_mean
 from bolza.robust.balls import Ball, Clip, Norm, attacked_input
 from bolza.systems.module import ModuleSystem, as_system, bind
-from bolza.systems.replay import Replay
+from bolza.systems.replay import Replay, restored_randomness
 from bolza.systems.stages import Stage, split_into_stages
+from bolza.systems.tracer import random_states
 
 __all__ = ["ZHANG_YOPO", "yopo"]
 
@@ -67,6 +69,7 @@ def yopo(
     The network is read as stages, and the first one with parameters ends before its first nonlinearity. Costs m full
     passes, and m·n passes through the first stage. With n = 1 the perturbation is that of m steps of projected
     gradient ascent. Gradients are the mean over the m passes, so that the learning rate is that of plain training.
+    A first stage with dropout keeps its mask for the whole call, as p belongs to it.
 
     Args:
         model: the network, in training mode; or the system that :func:`bolza.systems.as_system` makes of it: in a loop
@@ -119,6 +122,7 @@ def yopo(
     with torch.enable_grad():
         at = (ball.random(generator) if random_start else ball.x.clone()).requires_grad_()
         system.initial_state(*(x if isinstance(x, tuple) else (x,)))  # says so, where the sizes do not fit
+        drawn = random_states(x) if halves.random else None
         z = halves.head(put(at))
         for _ in range(outer):
             leaves, spec = _pytree.tree_flatten(z)
@@ -134,7 +138,8 @@ def yopo(
                 slope = torch.autograd.grad([leaves[i] for i in floats], at, p, allow_unused=True)[0]
                 slope = torch.zeros_like(at) if slope is None else slope
                 at = ball.ascend(at.detach(), slope, step).requires_grad_()
-                z = halves.head(put(at))
+                with nullcontext() if drawn is None else restored_randomness(drawn, x):
+                    z = halves.head(put(at))  # by the numbers that p was found with
                 leaves = _pytree.tree_leaves(z)
             if own:  # the graph is kept: its slope in the inputs is needed for the next p
                 torch.autograd.backward([leaves[i] for i in floats], p, inputs=own, retain_graph=True)
@@ -157,11 +162,18 @@ class _Halves:
             raise ArgumentError("the model has no parameters: there is nothing to train against an adversary")
         end = owners[0] + 1
         self._head, self._tail = steps[:end], steps[end:]
-        parameters = dict(system.module.named_parameters())
-        names = {name for _, replay in self._head for name in replay.names}
-        self.head_parameters = [p for name, p in parameters.items() if name in names]
+        self._module, self._names = (
+            system.module,
+            {name for _, replay in self._head for name in replay.names},
+        )
+        self.random = any(replay.random for _, replay in self._head)
         for stage, replay in self._head:
             _refuse_batch_statistics(stage, replay)
+
+    @property
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the first stage, those that the network has now."""
+        return [p for name, p in self._module.named_parameters() if name in self._names]
 
     def head(self, x: Any) -> Any:
         """Z = f_0(x)."""

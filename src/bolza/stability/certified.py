@@ -103,7 +103,7 @@ def certified_radius(
         raise ArgumentError(f"norm={norm!r} is unknown: choose 'l2' or 'linf'")
     reading = read_network(model, x)
     with torch.no_grad():
-        logits = reading.module(reading.example)
+        logits = reading.module(reading.example.clone())
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ShapeError(
             f"the model returns shape {tuple(logits.shape)}: it must be (batch, classes), two classes or more"
@@ -113,6 +113,11 @@ def certified_radius(
     y = torch.as_tensor(y).to(logits.device)
     if y.shape != logits.shape[:1] or y.is_floating_point():
         raise ShapeError(f"y has shape {tuple(y.shape)} and dtype {y.dtype}: give one class number a sample")
+    y = y.long()
+    if not bool(((y >= 0) & (y < logits.shape[1])).all()):
+        raise ArgumentError(
+            f"y runs from {int(y.min())} to {int(y.max())}: classes are 0 to {logits.shape[1] - 1}"
+        )
     margin = _margin(logits, logits, y)
     if norm == "linf":
         with torch.no_grad():

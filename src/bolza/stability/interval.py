@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 from bolza.core import Reference, cites
-from bolza.core.errors import ArgumentError, ShapeError, UnsupportedError
+from bolza.core.errors import ArgumentError, DivergenceError, ShapeError, UnsupportedError
 from bolza.stability.layers import Reading, Step, read_network
 
 __all__ = ["IntervalBounds", "interval_bounds", "propagate", "slopes_on_box"]
@@ -37,7 +37,6 @@ GOWAL = Reference(
 )
 
 Box = tuple[Any, Any]
-_WIDEN = 64 * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ def interval_bounds(model: nn.Module, lower: Tensor, upper: Tensor) -> IntervalB
 
     Raises:
         ArgumentError: a lower end is above its upper end.
+        DivergenceError: a bound overflows.
         ShapeError: the ends have different shapes.
         UnsupportedError: an operation that is not covered; the message names it.
 
@@ -98,6 +98,8 @@ def interval_bounds(model: nn.Module, lower: Tensor, upper: Tensor) -> IntervalB
     low, high = (end.detach().to(reading.example) for end in (lower, upper))
     with torch.no_grad():
         found = propagate(reading, low, high)[reading.end]
+    if any(bool(torch.isnan(end).any()) for end in found):
+        raise DivergenceError("the bounds are not numbers, ∞ − ∞ on the way: give a smaller box")
     return IntervalBounds(*found)
 
 
@@ -126,16 +128,23 @@ def propagate(reading: Reading, lower: Tensor, upper: Tensor) -> dict[Node, Box]
                 f"no interval bound is known of {reading.name(step.node)!r}: {type(error).__name__}: {error}"
             ) from error
         boxes[step.node] = low, high
+    if reading.end not in boxes:  # the output does not depend on the input
+        constant = reading.values[reading.end].expand(len(lower), 1, *reading.shape(reading.end)[1:])
+        boxes[reading.end] = constant, constant
     low, high = boxes[reading.end]
     return boxes | {reading.end: (low.squeeze(1), high.squeeze(1))}
 
 
 def _wider(low: Any, high: Any) -> Box:
+    def margin(a: Tensor, b: Tensor) -> Tensor:
+        size = torch.maximum(a.abs(), b.abs())
+        return 64 * torch.finfo(a.dtype).eps * size.masked_fill(size == torch.inf, 0.0)  # masks of −∞ stay
+
     def lower(a: Tensor, b: Tensor) -> Tensor:
-        return a - _WIDEN * torch.maximum(a.abs(), b.abs())
+        return a - margin(a, b)
 
     def upper(a: Tensor, b: Tensor) -> Tensor:
-        return b + _WIDEN * torch.maximum(a.abs(), b.abs())
+        return b + margin(a, b)
 
     return _pytree.tree_map(lower, low, high), _pytree.tree_map(upper, low, high)
 
@@ -202,8 +211,8 @@ def _absolute(reading: Reading, step: Step, source: Node, radius: Any) -> Any:
         if isinstance(layer, nn.modules.conv._ConvNd):
             with _swapped(layer, "weight", layer.weight.abs()):
                 return reading.linear_part(step, source, radius)
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and weight is not None:
-            with _swapped(layer, "weight", layer.weight.abs()):
+        if isinstance(weight, Tensor):  # batch norm, instance norm: one factor a channel
+            with _swapped(layer, "weight", weight.abs()):
                 return reading.linear_part(step, source, radius)
         if isinstance(layer, nn.Upsample) and layer.mode == "bicubic":
             raise UnsupportedError("bicubic interpolation has coefficients of both signs: take bilinear")
@@ -311,13 +320,17 @@ def _attention(reading: Reading, step: Step, boxes: dict[Node, Box]) -> Box:
     count = reading.shape(query)[-2]  # type: ignore[arg-type]
     batch = next(iter(boxes.values()))[0].shape[0]
     ends = (low.amin(-2, keepdim=True), high.amax(-2, keepdim=True))
+    if (
+        len(node.args) > 3 or node.kwargs.get("attn_mask") is not None
+    ):  # a row that is masked altogether gives 0
+        ends = (ends[0].clamp(max=0), ends[1].clamp(min=0))
     down, up = (e.expand(batch, *e.shape[1:-2], count, e.shape[-1]) for e in ends)
     return _wider(down, up)
 
 
 def _bilinear(reading: Reading, step: Step, boxes: dict[Node, Box]) -> Box:
     """Products of intervals in centre and radius: |x y − x₀y₀| ≤ |x₀| r_y + r_x |y₀| + r_x r_y."""
-    a, b = (arg for arg in step.node.args[:2])
+    a, b = (*step.node.args, *step.node.kwargs.values())[:2]
     assert isinstance(a, Node) and isinstance(b, Node)
     (ca, ra), (cb, rb) = (
         ((boxes[n][0] + boxes[n][1]) / 2, (boxes[n][1] - boxes[n][0]) / 2)

@@ -18,9 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree
 
-from bolza.core.errors import ArgumentError, DataError, DivergenceError, UnsupportedError
+from bolza.core.errors import ArgumentError, DataError, DivergenceError, TraceError, UnsupportedError
+from bolza.stability.operator_norm import adaptive_windows
 from bolza.stability.slopes import Slopes, function_slopes, layer_slopes
 from bolza.systems.replay import Replay
 from bolza.systems.roles import is_guard
@@ -64,6 +68,9 @@ _BILINEAR = frozenset(
     "mul imul multiply matmul mm bmm mv einsum baddbmm addmm linear conv1d conv2d conv3d".split()
 )
 _QUOTIENT = frozenset("div truediv true_divide".split())
+_SUMS = frozenset(
+    "cat concat stack add sub iadd isub subtract rsub view_as expand_as type_as to".split()
+)  # linear in several values at once
 _MAX_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
 _ATTENTION = "scaled_dot_product_attention"
 _PRODUCT = (
@@ -153,7 +160,10 @@ class Reading:
 
         args, kwargs = fill(node.args), fill(node.kwargs)
         if node.op == "call_module":
-            return self.module.get_submodule(str(node.target))(*args, **kwargs)
+            layer = self.module.get_submodule(str(node.target))
+            if getattr(layer, "inplace", False) is True:  # keep what is given
+                args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+            return layer(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
@@ -166,7 +176,7 @@ class Reading:
 
         def one(direction: Any) -> Any:
             value = self.evaluate(step.node, {**zeros, source: direction})
-            return _pytree.tree_map(torch.sub, value, offset)
+            return _pytree.tree_map(lambda v, o: torch.where(torch.isfinite(o), v - o, 0.0), value, offset)
 
         return torch.func.vmap(one)(rows)
 
@@ -200,12 +210,16 @@ class Reading:
         for leaf in _pytree.tree_leaves(self.values[node]):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 raise self._refusal(node, "its result is not made of real numbers that depend on the input")
+            if torch.finfo(leaf.dtype).bits < 32:
+                raise self._refusal(node, f"it rounds to {leaf.dtype}, which jumps; leave casts to autocast")
+        if node.meta["random"]:
+            raise self._refusal(node, "it draws random numbers, in evaluation mode too")
         if node.op == "call_module":
             return self._layer_step(node, sources)
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         name = str(name).strip("_")
         if node.target is getattr:
-            if node.args[1] in ("T", "mT", "data"):
+            if node.args[1] in ("T", "mT"):
                 return Step(node, "affine", sources)
             raise self._refusal(node, f"the attribute {node.args[1]!r} is not known to be linear")
         return self._function_step(node, name, sources)
@@ -262,18 +276,24 @@ class Reading:
             if slopes is not None:
                 return Step(node, "activation", sources, slopes)
         if name in _LINEAR:
-            if name in _QUOTIENT and any(s is node.args[1] for s in sources):
+            if name in _QUOTIENT and any(s in (*node.args[1:], *node.kwargs.values()) for s in sources):
                 return Step(node, "product", sources, gain=math.inf, rule="quotient", reason=_PRODUCT)
             data = [a for a in _pytree.tree_leaves((node.args, node.kwargs)) if a in sources]
             if name in _BILINEAR and len(data) > 1 and name not in ("baddbmm", "addmm"):
                 return Step(node, "product", sources, gain=math.inf, rule=name, reason=_PRODUCT)
-            if name in ("baddbmm", "addmm", "linear", "conv1d", "conv2d", "conv3d") and len(data) > 1:
+            if len(data) > 1 and name not in _SUMS:
                 raise self._refusal(node, _PRODUCT)
+            if node.kwargs.get("rounding_mode") is not None:
+                raise self._refusal(node, "it rounds, which jumps")
+            if name == "batch_norm" and node.kwargs.get("training", (*node.args, *[False] * 6)[5]):
+                raise self._refusal(node, "it normalises by statistics of what passes")
             return Step(node, "affine", sources)
         raise self._refusal(node, "it is neither known to be affine nor an activation with known slopes")
 
     def _softmax(self, node: Node, sources: tuple[Node, ...], log: bool, dim: Any) -> Step:
-        dim = -1 if dim is None else int(dim)
+        if dim is None:
+            raise self._refusal(node, "it was not told its dimension; give it dim=")
+        dim = int(dim)
         entries = self.shape(sources[0])[dim]
         return Step(
             node,
@@ -287,10 +307,8 @@ class Reading:
         """√(largest number of windows that share a pixel)."""
         spatial, out = self.shape(source), self.shape(node)
         if isinstance(layer, nn.modules.pooling._AdaptiveMaxPoolNd):
-            dims = len(spatial) - 2
-            return math.sqrt(
-                math.prod(1 if a % b == 0 else 2 for a, b in zip(spatial[-dims:], out[-dims:], strict=True))
-            )
+            windows = (adaptive_windows(a, b) for a, b in zip(spatial[2:], out[2:], strict=True))
+            return math.sqrt(math.prod(int((w > 0).sum(1).max()) for w in windows))
         dims = int(type(layer).__name__[-2])
         kernel, stride, dilation = (
             (v,) * dims if isinstance(v, int) else tuple(v)
@@ -377,11 +395,78 @@ def read_network(model: nn.Module, example: Tensor | None = None) -> Reading:
         raise UnsupportedError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}): certificates work on a copy in float64"
         ) from error
-    for layer in twin.modules():
-        if getattr(layer, "inplace", False) is True:
-            layer.inplace = False  # type: ignore[assignment]
+    _plain_weights(twin)
     twin.requires_grad_(False)
-    return Reading(twin, example.detach().to(device, torch.float64))
+    point = example.detach().to(device, torch.float64)
+    _refuse_hooks(twin)
+    try:
+        reading = Reading(twin, point)
+    except TraceError as error:
+        try:
+            reading = Reading(_OnACopy(twin), point)
+        except TraceError:
+            raise error from None
+    _check_rows(reading)
+    return reading
+
+
+class _OnACopy(nn.Module):
+    """A network that may overwrite what it is given."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run it on a copy."""
+        out: Tensor = self.network(x.clone())
+        return out
+
+
+def _plain_weights(module: nn.Module) -> None:
+    """Replace weights that are computed (weight norm, spectral norm, orthogonal …) by what they are now."""
+    for layer in list(module.modules()):
+        if parametrize.is_parametrized(
+            layer
+        ):  # torch would take the property from the class, the user's as well
+            now = {name: getattr(layer, name).detach() for name in layer.parametrizations}  # type: ignore[union-attr]
+            del layer.parametrizations
+            layer.__class__ = type(layer).__bases__[0]
+            for name, value in now.items():
+                layer.register_parameter(name, nn.Parameter(value.clone()))
+        for hook in list(layer._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm | SpectralNorm):
+                (remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm)(
+                    layer, hook.name
+                )
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    """Raise where a hook may change values, which a graph does not show."""
+    for name, layer in module.named_modules():
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for hook in hooks.values():
+                raise UnsupportedError(
+                    f"no certificate covers the hook {getattr(hook, '__name__', type(hook).__name__)!r} on "
+                    f"{name or 'the network'!r}, which may change values: remove it first"
+                )
+
+
+def _check_rows(reading: Reading) -> None:
+    """Raise if the output for a sample is another one when a second sample stands beside it."""
+    one = reading.example[:1]
+    alone = reading.values[reading.end]
+    other = reading.example[1:2] if len(reading.example) > 1 else 1.5 * one + 1
+    try:
+        with torch.no_grad():
+            both = reading.module(torch.cat([one, other]))
+    except Exception:
+        return  # it takes one sample at a time, and then there is nothing to mix
+    if len(both) != 2 or not torch.allclose(both[:1], alone, rtol=1e-6, atol=1e-9, equal_nan=True):
+        raise UnsupportedError(
+            f"{type(reading.module).__name__} gives a sample another output when there are other samples in the "
+            "batch: certificates are for one sample; reduce over other dimensions than the first"
+        )
 
 
 def _named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

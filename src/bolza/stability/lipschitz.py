@@ -302,7 +302,7 @@ def sampled_gain(
     v, best = unit(v), 0.0
     with torch.enable_grad(), differentiable_kernels(reading.module):
         point = x.detach().requires_grad_()
-        out = reading.module(point)
+        out = reading.module(point.clone())
         if not out.requires_grad:
             return 0.0
         w = torch.zeros_like(out, requires_grad=True)
@@ -310,7 +310,15 @@ def sampled_gain(
             out, point, w, create_graph=True
         )  # Jᵀw; its derivative in w gives J v
         for _ in range(iterations):
-            (jv,) = torch.autograd.grad(pulled, w, v, retain_graph=True)
+            try:
+                (jv,) = torch.autograd.grad(pulled, w, v, retain_graph=True)
+            except (
+                RuntimeError
+            ):  # a kernel without second derivatives: ‖Jᵀu‖/‖u‖ of any u is a lower bound, too
+                u = torch.randn(out.shape, generator=draw, dtype=torch.float64, device=draw.device).to(out)
+                (back,) = torch.autograd.grad(out, point, u, retain_graph=True)
+                best = max(best, float((back.flatten(1).norm(dim=1) / u.flatten(1).norm(dim=1)).max()))
+                continue
             best = max(best, float(jv.reshape(len(x), -1).norm(dim=1).max()))
             (back,) = torch.autograd.grad(out, point, jv, retain_graph=True)
             v = unit(back)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["convolution_norm", "matrix_norm", "operator_gain"]
+__all__ = ["adaptive_windows", "convolution_norm", "matrix_norm", "operator_gain"]
 
 _MARGIN = 1 + 1e-9
 _BLOCK = 4096  # frequencies at once
@@ -39,6 +39,12 @@ def matrix_norm(matrix: Tensor) -> float:
     return math.sqrt(max(top, 0.0)) * float(scale) * _MARGIN
 
 
+def adaptive_windows(size: int, out: int) -> Tensor:
+    """Adaptive average pooling of a line as a matrix, shape ``(size, out)``: what each entry gives to each window."""
+    one = torch.eye(size, dtype=torch.float64)
+    return F.adaptive_avg_pool1d(one[None], out)[0]
+
+
 def convolution_norm(
     kernel: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], groups: int = 1,
     circular: bool = False,
@@ -51,7 +57,8 @@ def convolution_norm(
         stride: of each dimension.
         dilation: of each dimension.
         groups: number of groups of channels.
-        circular: whether the image is padded periodically, stride 1; the bound is then the norm itself.
+        circular: whether the image is padded periodically, stride 1; the bound is then the norm itself. The image
+            must be at least as large as the dilated kernel.
     """
     k = kernel.detach().to(torch.float64)
     dims = len(shape)
@@ -93,7 +100,9 @@ def operator_gain(layer: nn.Module, shape: torch.Size) -> float | None:
             return None
         circular = layer.padding_mode == "circular"
         dims = len(layer.kernel_size)
-        if circular and (math.prod(layer.stride) > 1 or not _same(layer)):
+        reach = (d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+        wraps = any(r > n for r, n in zip(reach, shape[-dims:], strict=True))  # the kernel meets itself
+        if circular and (math.prod(layer.stride) > 1 or not _same(layer) or wraps):
             return None
         return convolution_norm(
             layer.weight, tuple(shape[-dims:]), layer.stride, layer.dilation, layer.groups, circular

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from bolza.core.errors import UnsupportedError
 from bolza.stability.layers import Reading, Step
-from bolza.stability.operator_norm import matrix_norm, operator_gain
+from bolza.stability.operator_norm import adaptive_windows, matrix_norm, operator_gain
 from bolza.stability.sectors import SectorNetwork
 
 __all__ = ["Piece", "pieces", "product_gain", "sector_network"]
@@ -255,12 +255,12 @@ def _step_norm(reading: Reading, step: Step, source: Node) -> float:
     target = step.node.target
     name = (target if isinstance(target, str) else getattr(target, "__name__", "")).strip("_")
     if name in _UNIT:
-        return 1.0
+        return _unit_norm(reading, step, source, name)
     if name == "linear":
         weight = step.node.args[1] if len(step.node.args) > 1 else step.node.kwargs["weight"]
         return matrix_norm(reading.values[weight] if isinstance(weight, Node) else weight)  # type: ignore[arg-type,index]
     if name in ("mul", "imul", "multiply", "div", "truediv", "true_divide"):
-        others = [a for a in step.node.args if a is not source]
+        others = [a for a in (*step.node.args, *step.node.kwargs.values()) if a is not source]
         factor = torch.as_tensor(reading.values[others[0]] if isinstance(others[0], Node) else others[0])
         size = factor.abs().double()
         if reading.size(source) == reading.size(step.node):
@@ -273,12 +273,27 @@ def _step_norm(reading: Reading, step: Step, source: Node) -> float:
     raise _too_large(reading, step)
 
 
+def _unit_norm(reading: Reading, step: Step, source: Node, name: str) -> float:
+    """Copies, cuts and sums: an entry arrives as often as its value is named, repeated or spread out."""
+    node = step.node
+    if name == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if any(isinstance(i, Node | Tensor | list | tuple) for i in index):
+            raise _too_large(reading, step)  # entries may be taken more than once
+        return 1.0
+    times = torch.utils._pytree.tree_leaves((node.args, node.kwargs)).count(source)
+    scale = max(1.0, abs(float(node.kwargs.get("alpha", 1))))  # type: ignore[arg-type]
+    spread = 1.0
+    if name in ("add", "sub", "iadd", "isub", "rsub"):
+        spread = math.sqrt(reading.size(node) / reading.size(source))
+    return times * scale * spread
+
+
 def _adaptive(reading: Reading, source: Node, node: Node) -> float:
     before, after = reading.shape(source), reading.shape(node)
-    ratios = [a / b for a, b in zip(before, after, strict=True)]
-    if any(a % b for a, b in zip(before, after, strict=True)):
-        return 2.0 ** (sum(r > 1 for r in ratios) / 2)  # windows overlap, at most two at a pixel
-    return 1 / math.sqrt(math.prod(ratios))
+    return math.prod(
+        matrix_norm(adaptive_windows(a, b)) for a, b in zip(before, after, strict=True) if a != b
+    )
 
 
 def _too_large(reading: Reading, step: Step) -> UnsupportedError:

@@ -135,6 +135,12 @@ def _clamp(low: float, high: float) -> Slopes:
     return _broken(lambda x: x.clamp(low, high), (low, high), (0.0, 1.0, 0.0))
 
 
+def _one_sided(end: Any, *, lower: bool) -> Slopes | None:
+    if not isinstance(end, int | float):
+        return None
+    return _clamp(float(end), _INF) if lower else _clamp(-_INF, float(end))
+
+
 _SILU = 2.399357280515468
 
 
@@ -197,18 +203,20 @@ def function_slopes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             return _elu(alpha, 1.0, alpha)
         case "softplus":
             beta, threshold = float(value(0, "beta", 1.0)), float(value(1, "threshold", 20.0))
+            if threshold < 20 or beta <= 0:  # it jumps at the threshold, by log(1 + exp(−threshold))/β
+                return None
             return _smooth(lambda x: F.softplus(x, beta, threshold))
         case "hardtanh":
             return _clamp(float(value(0, "min_val", -1.0)), float(value(1, "max_val", 1.0)))
         case "clamp":
             low, high = value(0, "min", None), value(1, "max", None)
-            if isinstance(low, Tensor) or isinstance(high, Tensor):
+            if not all(isinstance(end, int | float | None) for end in (low, high)):
                 return None
             return _clamp(-_INF if low is None else float(low), _INF if high is None else float(high))
         case "clamp_min":
-            return _clamp(float(args[0]), _INF)
+            return _one_sided(value(0, "min", None), lower=True)
         case "clamp_max":
-            return _clamp(-_INF, float(args[0]))
+            return _one_sided(value(0, "max", None), lower=False)
     return None
 
 
