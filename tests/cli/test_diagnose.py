@@ -81,7 +81,7 @@ def test_the_default_network_is_found_ordered_and_the_files_are_written(tmp_path
     assert done.exit_code == 0, done.output
     assert "ordered" in done.stdout and "What to change" in done.stdout
     record = json.loads(numbers.read_text(encoding="utf-8"))
-    assert record["schema_version"] == "1.1" and record["training"] is None
+    assert record["schema_version"] == "1.2" and record["training"] is None
     assert {"key", "value", "error", "verdict", "remedy"} <= set(record["findings"][0])
     assert page.read_text(encoding="utf-8").count("<figure") == 5
 
@@ -184,3 +184,9 @@ def test_help_is_understood_by_a_newcomer():
     assert done.exit_code == 0
     for word in ("--train", "--html", "--data", "pkg.module:factory", "bolza diagnose --train"):
         assert word in done.stdout
+
+
+def test_hold_says_that_an_untrained_network_has_nothing_to_hold():
+    done = run("--hold", "--samples", 16, "--depth", 2, "--width", 8)
+    assert done.exit_code == 0, done.output
+    assert "Will it hold?" in done.stdout and "--train" in done.stdout

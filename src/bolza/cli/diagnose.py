@@ -44,6 +44,14 @@ def diagnose(
     train: Annotated[
         bool, typer.Option("--train", help="Prove it: train before and after the remedy.")
     ] = False,
+    hold: Annotated[
+        bool,
+        typer.Option(
+            "--hold",
+            help="Ask the trained network whether its result holds: attacks, certificates, noise, confidence. With "
+            "--train that is the network of the trial.",
+        ),
+    ] = False,
     html: Html = None,
     json: Json = None,
     depth: Annotated[
@@ -105,10 +113,11 @@ def diagnose(
 
     Measures, before any training, how signal and gradient travel through the layers (beside what theory predicts), how
     steep the loss is and how noisy the gradient; from that follow an initialisation, a learning rate and a batch size.
-    --train shows that they work.
+    --train shows that they work, --hold whether what was learned withstands attacks and noise.
 
     \b
     bolza diagnose --train                        a 50-layer network on handwritten digits
+    bolza diagnose --train --hold                 and whether the result holds
     bolza diagnose resnet                         a network of ours by name
     bolza diagnose my_net:make --data my_data:load --train --html report.html
     """  # noqa: D301  # \b is a real backspace: it keeps the lines of the examples
@@ -126,6 +135,7 @@ def diagnose(
                 network,
                 dataset,
                 train=train,
+                hold=hold,
                 samples=samples,
                 seed=seed,
                 lr=lr,

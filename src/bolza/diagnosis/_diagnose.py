@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bolza.diagnosis import dynamics as motion
+from bolza.diagnosis import hold as firmness
 from bolza.diagnosis import landscape as land
 from bolza.diagnosis import noise as noises
 from bolza.diagnosis import prescription as remedy
@@ -28,7 +29,7 @@ from bolza.training.checks import check_seed
 __all__ = ["Progress", "diagnose"]
 
 T = TypeVar("T")
-_ORDER = ("structure", "propagation", "landscape", "noise", "dynamics", "prescription", "training")
+_ORDER = ("structure", "propagation", "landscape", "noise", "dynamics", "prescription", "training", "hold")
 
 
 class Progress(Protocol):
@@ -44,6 +45,7 @@ def diagnose(
     loss: Loss | None = None,
     *,
     train: bool = False,
+    hold: bool = False,
     samples: int = 256,
     seed: int = 0,
     lr: float | None = None,
@@ -57,7 +59,8 @@ def diagnose(
 
     Four questions are answered on a real batch: whether signal and gradient get through, how steep the loss is, how
     noisy the gradient is, and what follows for initialisation, learning rate and batch. With ``train`` the answer is
-    tried out. The model that is given stays as it is: parameters, buffers, gradients, mode and random state.
+    tried out, and with ``hold`` the trained network is asked whether its result holds. The model that is given stays
+    as it is: parameters, buffers, gradients, mode and random state.
 
     Args:
         model: network before training, or a function of no arguments that makes one.
@@ -66,7 +69,10 @@ def diagnose(
         loss: ``loss(output, target)``, a scalar mean over the samples; by default cross-entropy for integer targets
             and mean squared error for real ones.
         train: train before and after the remedy, under one budget.
-        samples: how many samples to measure signals on; curvature and noise use at most 128 of them.
+        hold: attack the trained network, certify it, add noise and weigh its confidence. With ``train`` that is the
+            better one of the trial; without, the network as given, which should be trained then.
+        samples: how many samples to measure signals on; curvature, noise and attacks use at most
+            128 of them.
         seed: of everything random.
         lr: learning rate of the network as it is in the trial; 0.01 by default.
         batch_size: samples a step of the trial, in place of the prescribed.
@@ -109,13 +115,14 @@ def diagnose(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _answer(problem, tell, train, lr, batch_size, steps, treat)
+        return _answer(problem, tell, train, hold, lr, batch_size, steps, treat)
 
 
 def _answer(
     problem: Problem,
     tell: Progress,
     train: bool,
+    hold: bool,
     lr: float | None,
     batch_size: int | None,
     steps: int | None,
@@ -149,17 +156,25 @@ def _answer(
     moved = _dynamics(treated or problem, raw, rate, prescription, found)
 
     training: dict[str, Trial] | None = None
+    trained: dict[str, nn.Module] = {}
     if train:
         treatment = None
         if treated is not None:
             example = problem.x[: remedy.EXAMPLE]
             treatment = partial(remedy.treat_, setting=remedy.SETTING, example=example, seed=problem.seed)
         training, failure = trials.run_trials(
-            problem, prescription, treatment, lr=own_lr, steps=steps or trials.STEPS, progress=tell
+            problem,
+            prescription,
+            treatment,
+            lr=own_lr,
+            steps=steps or trials.STEPS,
+            progress=tell,
+            keep=trained,
         )
         found += trials.findings(training, problem.dataset)
         if failure:
             found.append(Finding("training.unavailable", "not trained", None, None, "warn", failure))
+    held = _held(problem, training, trained, found, tell) if hold else None
     phases = [None if f.propagation is None else f.propagation.phase for f in (facts, after)]
     diagram = _ask("propagation", lambda: signals.phase_diagram(phases), found)
     found.sort(key=lambda f: _ORDER.index(f.question))
@@ -167,7 +182,10 @@ def _answer(
         _subject(problem),
         tuple(found),
         _plain(
-            asdict(facts) | {"phase_diagram": diagram, "dynamics": None if moved is None else asdict(moved)}
+            asdict(facts)
+            | {"phase_diagram": diagram}
+            | {"dynamics": None if moved is None else asdict(moved)}
+            | {"hold": None if held is None else asdict(held)}
         ),
         _plain(asdict(after)) if treated is not None else {},
         prescription,
@@ -216,6 +234,29 @@ def _dynamics(
         "dynamics", lambda: motion.measure_dynamics(problem, hessian, noise, rate, batch, momentum), found
     )
     found += motion.findings(facts) if facts else []
+    return facts
+
+
+def _held(
+    problem: Problem,
+    training: dict[str, Trial] | None,
+    trained: dict[str, nn.Module],
+    found: list[Finding],
+    tell: Progress,
+) -> firmness.Hold | None:
+    """Whether the result of the trial holds, or that of the network as given."""
+    model, which = None, "by the network as given"
+    if training is not None:
+        stopped = not trained or any(trial.status == "interrupted" for trial in training.values())
+        if stopped:
+            text = "The trial did not end, so there is no trained network to ask."
+            found.append(Finding("hold.unavailable", "not measured", None, None, "warn", text))
+            return None
+        key = "before" if trials.did_not_help(training) or "after" not in trained else "after"
+        model, which = trained[key], f"by the network of the trial, {training[key].label}"
+    tell("does it hold?", 0, 0, {})
+    facts = _ask("hold", lambda: firmness.measure_hold(problem, model, which), found)
+    found += firmness.findings(facts) if facts else []
     return facts
 
 

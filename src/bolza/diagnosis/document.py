@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bolza.diagnosis import figures
+from bolza.diagnosis.hold_figure import hold as hold_figure
 from bolza.diagnosis.record import Diagnosis, Finding
 from bolza.diagnosis.trial import did_not_help
 from bolza.report import (
@@ -32,6 +33,7 @@ _TITLES = {
     "dynamics": "What will the noise do?",
     "prescription": "What to change",
     "training": "Does it work?",
+    "hold": "Will it hold?",
 }
 
 
@@ -54,6 +56,7 @@ def document(d: Diagnosis) -> Document:
         "landscape": [figures.spectra(facts, treated)],
         "noise": [figures.noise(facts.get("noise") or {}, treated.get("noise"))],
         "training": [figures.training(d.training), figures.course(d.training)] if d.training else [],
+        "hold": [hold_figure(facts["hold"])] if facts.get("hold") else [],
     }
     parts: list[Part] = [Tiles(_tiles(d))]
     for question, title in _TITLES.items():
@@ -122,6 +125,17 @@ def summary(d: Diagnosis) -> str:
             out.append("The prescription did not help here: keep your own setting.")
     elif t:
         out.append("The trial was interrupted; what was computed is below.")
+    if "hold.accuracy" in d and d["hold.accuracy"].verdict == "bad":
+        out.append("Whether it holds cannot be said: it is at chance.")
+    elif "hold.robust_accuracy" in d and d["hold.robust_accuracy"].value is not None:
+        margin = d.facts["hold"]["margin"]
+        words = {"good": "It holds", "warn": "It holds in part"}.get(
+            d["hold.robust_accuracy"].verdict, "It does not hold"
+        )
+        out.append(
+            f"{words}: when inputs may move by {percent(margin['eps'])} of their range, accuracy goes from "
+            f"{percent(margin['attacked'][0])} to {percent(margin['robust'])}."
+        )
     return " ".join(out)
 
 
@@ -185,6 +199,16 @@ def _tiles(d: Diagnosis) -> Sequence[Tile]:
                     f"{trial.steps} steps",
                 )
             )
+    if "hold.robust_accuracy" in d and isinstance(value := d["hold.robust_accuracy"].value, float):
+        f, margin = d["hold.robust_accuracy"], d.facts["hold"]["margin"]
+        tiles.append(
+            Tile(
+                "Accuracy under attack",
+                percent(value),
+                f"within {percent(margin['eps'])} of the range",
+                f.verdict,
+            )
+        )
     return tiles
 
 
@@ -203,6 +227,11 @@ def _lead(question: str, d: Diagnosis) -> str:
         return (
             "Predicted from curvature and noise of the network that is to be trained, at the prescribed settings: what "
             "SGD would do in a valley like this one. 'bolza watch' measures it along the run."
+        )
+    if question == "hold" and d.facts.get("hold"):
+        return (
+            "Asked of one trained network: how far its inputs may be moved by an adversary and by noise, in units of "
+            "the range of the data, and whether its probabilities are true."
         )
     if question == "training" and d.training:
         first = next(iter(d.training.values()))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMA_VERSION", "Diagnosis", "Finding", "Prescription", "Remedy", "Trial"]
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 Verdict = Literal["good", "warn", "bad", "info"]
 
 
@@ -149,7 +149,7 @@ class Diagnosis:
 
     Args:
         subject: what was examined: model, data, sizes, seed, versions.
-        findings: in the order of the four questions.
+        findings: in the order of the questions.
         facts: per question, the measurements the findings rest on.
         treated: the same facts for a copy of the network with the prescribed initialisation.
         prescription: what to change; None if it could not be worked out.

@@ -39,6 +39,7 @@ def run_trials(
     lr: float = DEFAULT_LR,
     steps: int = STEPS,
     progress: Progress | None = None,
+    keep: dict[str, nn.Module] | None = None,
 ) -> tuple[dict[str, Trial], str]:
     """Train before and after.
 
@@ -49,6 +50,7 @@ def run_trials(
         lr: learning rate of the network as it is.
         steps: of each run.
         progress: called with (label, step, steps, latest numbers).
+        keep: a dict that the trained networks are put into, for who asks more of them.
 
     Returns:
         ``before``, ``after`` and, where they differ from both, ``before_with_prescribed_lr``; and what kept a run
@@ -88,6 +90,8 @@ def run_trials(
             except (BolzaError, RuntimeError) as error:
                 reason = str(error).strip().split("\n")[0].rstrip(".")
                 return trials, f"Training the network {label} failed: {reason}."
+            if keep is not None:
+                keep[key] = model
             trials[key] = _trial(label, rate, treated and treat is not None, run, problem.dataset, course)
             if run.status == "interrupted":
                 break
