@@ -246,12 +246,14 @@ def mixture_rows(exact: Grid, found: dict[str, Mixture]) -> list[Row]:
     """Moments against the grid."""
     rows = []
     falling = found["falling"]
-    for name, value, expected in (
+    for name, estimate, expected in (
         ("mean of θ₁", mean_error(falling.mean[:, 0].tolist()), exact.moments[0]),
         ("probability of θ₂ > 0", mean_error(falling.mean[:, 4].tolist()), exact.moments[3]),
     ):
-        far = abs(value[0] - expected) / max(value[1], 1e-12)
-        rows.append(Row(f"mixture, falling step: {name}", expected, *value, far < 3, "grid; to three errors"))
+        far = abs(estimate[0] - expected) / max(estimate[1], 1e-12)
+        rows.append(
+            Row(f"mixture, falling step: {name}", expected, *estimate, far < 3, "grid; to three errors")
+        )
     for name, m in found.items():
         value, error = m.variance(0)
         far = abs(value - exact.moments[1]) / max(error, 1e-12)
