@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bolza.core.errors import ArgumentError, UnsupportedError
 
-__all__ = ["Sampler", "check_number"]
+__all__ = ["MomentumSampler", "Sampler", "check_number"]
 
 _MEMORY = 0.99  # of the running estimate of the noise of a batch
 
@@ -222,6 +222,33 @@ class Sampler(torch.optim.Optimizer):
     def _allowed(self, group: dict[str, Any], p: Tensor) -> Tensor | float:
         """The largest variance of the batch gradient that the step can absorb."""
         raise NotImplementedError
+
+
+class MomentumSampler(Sampler):
+    """A sampler whose momentum loses the share ``friction`` in every step."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.01,
+        *,
+        num_data: int,
+        prior_precision: float = 1.0,
+        temperature: float = 1.0,
+        friction: float = 0.1,
+        noise_estimate: float | str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            num_data=num_data,
+            prior_precision=prior_precision,
+            temperature=temperature,
+            noise_estimate=noise_estimate,
+            seed=seed,
+            friction=friction,
+        )
 
 
 def spread(

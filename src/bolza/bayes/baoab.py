@@ -11,13 +11,13 @@ Reference: Leimkuhler & Matthews (2013), arXiv:1203.5428.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bolza.bayes._sampler import Sampler, check_number, momenta, spread
+from bolza.bayes._sampler import MomentumSampler, momenta, spread
 from bolza.core.langevin import LEIMKUHLER as REFERENCE
 from bolza.core.reference import cites
 
@@ -50,7 +50,7 @@ def baoab_step(
 
 
 @cites(REFERENCE)
-class BAOAB(Sampler):
+class BAOAB(MomentumSampler):
     r"""Langevin dynamics by splitting, as a ``torch.optim.Optimizer``: the sampler to begin with.
 
     m ← m − √(ηN)(g + λθ/N), then half a drift, m ← cm + √((1 − c²)T) ξ, half a drift, with c = 1 − α. One gradient a
@@ -85,30 +85,6 @@ class BAOAB(Sampler):
         >>> round(w.var().item(), 2)                          # a third at every step
         0.33
     """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 0.01,
-        *,
-        num_data: int,
-        prior_precision: float = 1.0,
-        temperature: float = 1.0,
-        friction: float = 0.1,
-        noise_estimate: float | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        check_number("friction", friction, high=1.0, positive=True)
-        super().__init__(
-            params,
-            lr=lr,
-            num_data=num_data,
-            prior_precision=prior_precision,
-            temperature=temperature,
-            noise_estimate=noise_estimate,
-            seed=seed,
-            friction=friction,
-        )
 
     def _advance(
         self,

@@ -11,13 +11,13 @@ Reference: Chen, Fox & Guestrin (2014), arXiv:1402.4102.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bolza.bayes._sampler import Sampler, check_number, momenta, spread
+from bolza.bayes._sampler import MomentumSampler, momenta, spread
 from bolza.core.reference import Reference, cites
 
 __all__ = ["REFERENCE", "SGHMC", "sghmc_step"]
@@ -57,7 +57,7 @@ def sghmc_step(
 
 
 @cites(REFERENCE)
-class SGHMC(Sampler):
+class SGHMC(MomentumSampler):
     r"""Stochastic gradient Hamiltonian Monte Carlo, as a ``torch.optim.Optimizer``: momentum SGD that samples.
 
     m ← (1 − α)m − √(ηN)(g + λθ/N) + √(2αT − ηNV̂) ξ, θ ← θ + √(η/N) m. At temperature 0 and a constant rate it is SGD
@@ -90,30 +90,6 @@ class SGHMC(Sampler):
         >>> round(w.var().item(), 2)                          # 0.345; a third at a small step
         0.34
     """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 0.01,
-        *,
-        num_data: int,
-        prior_precision: float = 1.0,
-        temperature: float = 1.0,
-        friction: float = 0.1,
-        noise_estimate: float | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        check_number("friction", friction, high=1.0, positive=True)
-        super().__init__(
-            params,
-            lr=lr,
-            num_data=num_data,
-            prior_precision=prior_precision,
-            temperature=temperature,
-            noise_estimate=noise_estimate,
-            seed=seed,
-            friction=friction,
-        )
 
     def _advance(
         self,
